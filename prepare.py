@@ -1,0 +1,893 @@
+"""
+Data, tokenizer, clock and metric of autoresearch. LOCKED: nobody edits this file once a run has begun.
+
+    uv run prepare.py                      # the source and the scale that suit this machine
+    uv run prepare.py --source python      # needs no network
+    uv run prepare.py --source my_texts/   # your own .parquet, .jsonl, .txt or .md
+
+Run as a script it prepares text for training, once. Imported by train.py it gives the tokenizer, the data
+loader with the clock, and evaluate_bpb, the only metric that counts.
+"""
+
+import argparse
+import bisect
+import faulthandler
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import requests
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout  # comes with torch
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BPE
+from torch import nn
+from tqdm import tqdm
+
+
+def stop(message: str) -> NoReturn:
+    """End the process with one sentence on stderr and exit code 1."""
+    raise SystemExit(f"error: {message}")
+
+
+# ---------------------------------------------------------------------------
+# Scales, device, budget
+
+
+@dataclass(frozen=True)
+class Scale:
+    seq_len: int  # tokens a model sees at once
+    vocab_size: int  # BOS included
+    eval_rows: int  # validation rows at most, of seq_len targets each
+
+
+SCALES = {
+    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240),  # a CUDA GPU; 21M validation tokens
+    "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048),  # CPU, Apple silicon; 0.5M of them
+}
+CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3 on the hub: repository, version
+SOURCE_CODE = Path(__file__).read_bytes()  # part of every preparation's name and of every digest
+
+
+def nvidia_gpu_present() -> bool:
+    """Whether the machine has an NVIDIA GPU that the user has not hidden, whatever torch thinks of it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return False
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return True
+    smi = shutil.which("nvidia-smi")
+    return bool(smi) and "GPU" in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout
+
+
+def pick_device() -> str:
+    """The training device: "cuda", "mps" or "cpu". An NVIDIA GPU that torch cannot use ends the process."""
+    if torch.cuda.is_available() or nvidia_gpu_present():
+        try:
+            torch.ones(1, device="cuda").add(1).item()  # one launch: catches old drivers and old GPUs alike
+        except (RuntimeError, AssertionError) as error:
+            stop(
+                f"torch {torch.__version__} cannot use the NVIDIA GPU here ({str(error).splitlines()[0]}); "
+                "update the NVIDIA driver, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+            )
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def read_budget() -> float:
+    """Seconds of training: 300, or less from AUTORESEARCH_BUDGET for a smoke test."""
+    text = os.environ.get("AUTORESEARCH_BUDGET") or "300"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= 300:
+        stop(f"AUTORESEARCH_BUDGET={text} is not a number of seconds up to 300; unset it for a real run")
+    return seconds
+
+
+def current_preparation() -> tuple[Path, dict] | None:
+    """The folder that `current` names, and its meta.json; None before anything is prepared."""
+    try:
+        folder = CACHE / (CACHE / "current").read_text().strip()
+        return folder, json.loads((folder / "meta.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+DEVICE = pick_device()
+TIME_BUDGET = read_budget()
+PREPARATION = current_preparation()
+SCALE = PREPARATION[1]["scale"] if PREPARATION else "full" if DEVICE == "cuda" else "small"
+MAX_SEQ_LEN = SCALES[SCALE].seq_len
+
+
+def prepared() -> tuple[Path, dict]:
+    """The preparation to train on; ends the process where there is none, or one of another prepare.py."""
+    if PREPARATION is None:
+        stop("no data is prepared yet; run `uv run prepare.py` first (`--source python` needs no network)")
+    if PREPARATION[1]["prepare"] != hashlib.sha256(SOURCE_CODE).hexdigest():
+        stop("the data was prepared by another version of prepare.py; run `uv run prepare.py` again")
+    return PREPARATION
+
+
+# ---------------------------------------------------------------------------
+# Download
+
+HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
+CLIMBMIX_VAL_SHARD = 6542
+TINYSTORIES = "karpathy/tinystories-gpt4-clean"
+# A shard has about 250 MB of text, some 60M tokens at vocab 8192: 16 of them cover a fast H100 run of 900M.
+NUM_SHARDS = 16
+DOWNLOAD_THREADS = 8
+RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
+TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+
+
+class Gone(Exception):
+    """The server says no, and would say it again."""
+
+
+def fetch(repo: str, name: str) -> Path:
+    """One file of a hub dataset, downloaded unless it is here. Ends the process if it cannot be had."""
+    path = CACHE / "downloads" / repo.replace("/", "--") / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(name + ".part")
+    for pause in (*RETRY_PAUSES, 0):
+        try:
+            sha256 = download(f"{HUB}/datasets/{repo}/resolve/main/{name}", part)
+            try:
+                verify(part, sha256)
+            except ValueError:
+                part.unlink()  # nothing of it can be trusted
+                raise
+            os.replace(part, path)
+            return path
+        except requests.RequestException as error:
+            reason = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
+        except ValueError as error:
+            reason = str(error)
+        except Gone as error:
+            reason = str(error)
+            break
+        if pause:
+            time.sleep(pause)
+    stop(
+        f"cannot download {name} of {repo}: {reason}; `uv run prepare.py` again resumes, "
+        "and `uv run prepare.py --source python` needs no network"
+    )
+
+
+def download(url: str, part: Path) -> str | None:
+    """Append to `part` what it lacks of `url`. Returns the sha256 that the hub announces for large files.
+
+    Raises Gone when a retry is useless, and ValueError or requests' own errors when it is not.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+    if os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:
+            part.unlink(missing_ok=True)
+            raise ValueError("the server refused to resume the download")
+        if not response.ok:
+            kind = ValueError if response.status_code == 429 or response.status_code >= 500 else Gone
+            raise kind(f"HTTP {response.status_code} {response.reason}")
+        if response.status_code != 206:
+            have = 0  # the server ignored the Range: start over
+        hub = (response.history or [response])[0].headers  # before the redirect to the storage
+        rest = response.headers.get("Content-Length")
+        size = int(hub.get("X-Linked-Size") or (have + int(rest) if rest else 0))
+        bar = tqdm(total=size or None, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=None)
+        with part.open("ab" if have else "wb") as file, bar:
+            for chunk in response.iter_content(1 << 20):
+                file.write(chunk)
+                bar.update(len(chunk))
+    got = part.stat().st_size
+    if size and got != size:
+        if got > size:
+            part.unlink()
+        raise ValueError(f"{got:,} bytes arrived of {size:,}")
+    sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
+    return sha256 if len(sha256) == 64 else None
+
+
+def verify(part: Path, sha256: str | None) -> None:
+    """Raise ValueError unless the file is what the hub announced and opens as parquet with a text column."""
+    if sha256 and file_hash(part) != sha256:
+        raise ValueError("the sha256 differs from the one that the hub announced")
+    try:
+        columns = pq.ParquetFile(part).schema_arrow.names
+    except (pa.ArrowException, OSError):
+        raise ValueError("what arrived is not a parquet file") from None
+    if "text" not in columns:
+        raise ValueError("the parquet file has no column `text`")
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hub_reachable() -> bool:
+    """Whether the hub answers at all, whatever it says."""
+    for _ in range(2):
+        try:
+            requests.head(HUB, timeout=5)
+            return True
+        except requests.RequestException:
+            pass
+    return False
+
+
+def default_source(scale: str) -> str:
+    """The hub's source for a scale; `python`, with a printed line, where neither cache nor hub has it."""
+    source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
+    if any((CACHE / "downloads" / repo.replace("/", "--")).glob("*.parquet")) or hub_reachable():
+        return source
+    print(f"{HUB} cannot be reached: preparing the source `python` in place of `{source}`")
+    return "python"
+
+
+# ---------------------------------------------------------------------------
+# Text sources: files -> documents
+
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
+LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines into documents of 2,000 or more
+CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)
+VAL_FRACTION = 0.05  # of the documents, by lowest hash of their text
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    files: list[Path]  # in reading order
+    val_files: list[Path] | None = None  # None: the validation split is taken out of `files`
+
+
+def find_source(source: str, num_shards: int) -> Source:
+    """The files of a source, downloaded where need be. Ends the process where there are none."""
+    if source == "climbmix":
+        shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
+        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:
+            futures = [pool.submit(climbmix_shard, shard) for shard in shards]
+            try:
+                *train, val = [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # downloads under way end by themselves and are kept
+                raise
+        return Source(source, train, [val])
+    if source == "tinystories":
+        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")])
+    if source == "python":
+        return Source(source, python_files())
+    path = Path(source).expanduser()
+    if not path.exists():
+        stop(f"there is no source or path `{source}`; take climbmix, tinystories, python, or a path to text")
+    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not files or files[0].suffix not in SUFFIXES:
+        stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
+    return Source(re.sub(r"[^\w.-]+", "_", path.resolve().stem) or "text", files)
+
+
+def climbmix_shard(shard: int) -> Path:
+    return fetch(CLIMBMIX, f"shard_{shard:05d}.parquet")
+
+
+def python_files() -> list[Path]:
+    """The .py files of the standard library and of every installed package."""
+    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
+    packages = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    found = {p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts)}
+    found |= {p for folder in packages for p in folder.rglob("*.py")}
+    return sorted(p for p in found if p.is_file())
+
+
+def documents(files: Iterable[Path]) -> Iterator[str]:
+    """Every non-blank document of the files, in order. Ends the process at a file that is not text."""
+    for path in files:
+        for text in READERS[path.suffix](path):
+            if text and not text.isspace():
+                yield text
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["text"]):
+            for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
+                yield raw.decode("utf-8", "replace")
+    except (pa.ArrowException, KeyError, OSError) as error:
+        stop(f"{path} cannot be read as parquet with text in a column `text` ({str(error).splitlines()[0]})")
+
+
+def read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                # a lone surrogate, which JSON may spell and UTF-8 may not, becomes U+FFFD
+                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                stop(f"{path}, line {number} is not a JSON object with a string under the key `text`")
+
+
+def read_plain(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        stop(f"{path} is not UTF-8 text; convert it or take it out")
+    yield from CUT_TEXT.findall(text) if len(text) > LONG_TEXT else [text]
+
+
+def read_python(path: Path) -> Iterator[str]:
+    yield path.read_text("utf-8", errors="replace")
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, ".md": read_plain}
+READERS[".py"] = read_python  # for the source `python` only
+
+
+def split_by_hash(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Which documents train and which validate, with all but the first copy of a text left out.
+
+    Returns a boolean mask over documents(files), and the indices of the validation documents by rising hash.
+    """
+    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents(files))
+    hashes = np.fromiter((int.from_bytes(h, "big") for h in hashes), np.uint64)
+    _, first = np.unique(hashes, return_index=True)  # sorted by hash
+    n_val = max(1, round(VAL_FRACTION * len(first)))
+    train = np.zeros(len(hashes), bool)
+    train[first[n_val:]] = True
+    return train, first[:n_val]
+
+
+# ---------------------------------------------------------------------------
+# Tokenizer
+
+BOS = "<|bos|>"
+# GPT-4's split pattern, but with at most two digits together: a small vocabulary has no room for more.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+TOKENIZER_BYTES = 200_000_000  # of training text
+ENCODE_CHARS = 4_000_000  # characters encoded in one call
+
+
+class Tokenizer:
+    """Byte-level BPE with one special token, BOS. Any text encodes, and what it spells is never special."""
+
+    def __init__(self, bpe: BPE):
+        bpe.encode_special_tokens = True  # a reload forgets it
+        self.bpe = bpe
+        self.bos = bpe.token_to_id(BOS)
+
+    @classmethod
+    def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
+        """The tokenizer of the current preparation, or of another folder."""
+        return cls(BPE.from_file(str((directory or prepared()[0]) / "tokenizer.json")))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        bpe = BPE(models.BPE())
+        split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        bpe.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size, special_tokens=[BOS], initial_alphabet=alphabet, show_progress=False
+            ),
+        )
+        return cls(bpe)
+
+    def get_vocab_size(self) -> int:
+        return self.bpe.get_vocab_size()
+
+    def get_bos_token_id(self) -> int:
+        return self.bos
+
+    def encode(self, text: str | list[str], prepend: int | str | None = None) -> list[int] | list[list[int]]:
+        """Token ids of a text, or of each text of a list; `prepend`, a token or its id, goes before them."""
+        if isinstance(prepend, str):
+            prepend = self.bpe.token_to_id(prepend)
+        head = [] if prepend is None else [prepend]
+        if isinstance(text, str):
+            return head + self.bpe.encode(text, add_special_tokens=False).ids
+        return [head + e.ids for e in self.bpe.encode_batch_fast(text, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.bpe.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: the bytes of text that each token stands for; BOS stands for none.
+
+        In a byte-level vocabulary every character of a token's string is one byte.
+        """
+        lengths = np.array([len(self.bpe.id_to_token(i)) for i in range(self.get_vocab_size())])
+        lengths[self.bos] = 0
+        return lengths
+
+
+def head_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """The texts up to the one with which their UTF-8 bytes reach the limit."""
+    for text in texts:
+        yield text
+        limit -= len(text.encode())
+        if limit <= 0:
+            return
+
+
+def tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """uint16 token ids of each text, without BOS; encoded on all cores."""
+    batch, chars = [], 0
+    for text in itertools.chain(texts, [None]):
+        if text is not None:
+            batch.append(text)
+            chars += len(text)
+        if batch and (text is None or chars >= ENCODE_CHARS):
+            for ids in tokenizer.encode(batch):
+                yield np.array(ids, np.uint16)
+            batch, chars = [], 0
+
+
+# ---------------------------------------------------------------------------
+# Packing: token ids -> rows
+
+WAITING = 2048  # pieces to choose from
+
+
+def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.ndarray]:
+    """Best-fit packing of tokenised documents into full rows (row_len,) of uint16.
+
+    A document is cut into pieces of at most a row, each begun by BOS. The longest waiting piece that fits
+    goes in; when none fits, the longest of all is cropped to fill the row, and its rest waits on, begun by BOS
+    again. So all text ends up in a row, but for what is left when the last row cannot be filled.
+    """
+    head = np.array([bos], np.uint16)
+    body = row_len - 1
+    cut = (np.concatenate([head, ids[i : i + body]]) for ids in texts for i in range(0, len(ids), body))
+    lengths, pieces = [], []  # waiting, sorted by length
+
+    def wait(piece: np.ndarray) -> None:
+        i = bisect.bisect(lengths, len(piece))
+        lengths.insert(i, len(piece))
+        pieces.insert(i, piece)
+
+    while True:
+        for piece in itertools.islice(cut, WAITING - len(pieces)):
+            wait(piece)
+        row, room = [], row_len
+        while room:
+            if not pieces:
+                return
+            i = bisect.bisect(lengths, room) - 1
+            del lengths[i]
+            piece = pieces.pop(i)  # i = -1: none fits, and the last is the longest
+            if len(piece) > room:
+                wait(np.concatenate([head, piece[room:]]))
+            row.append(piece[:room])
+            room -= len(row[-1])
+        yield np.concatenate(row)
+
+
+def write_rows(
+    path: Path, texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, max_rows: int | None
+) -> dict[str, float]:
+    """Tokenise and pack texts into a file of rows. Returns the counts that meta.json keeps."""
+    start, count = time.time(), {"rows": 0, "documents": 0, "bytes": 0}
+
+    def counted() -> Iterator[str]:
+        for text in texts:
+            count["documents"] += 1
+            count["bytes"] += len(text.encode())
+            yield text
+
+    rows = itertools.islice(pack(tokenize(tokenizer, counted()), seq_len + 1, tokenizer.bos), max_rows)
+    with path.open("wb") as file:
+        for row in tqdm(rows, desc=path.stem, unit=" rows", unit_scale=True, disable=None):
+            row.tofile(file)
+            count["rows"] += 1
+    return count | {"seconds": round(time.time() - start, 1)}
+
+
+# ---------------------------------------------------------------------------
+# Preparations on disk
+
+MIN_ROWS = {"train": 64, "val": 8}
+
+
+def prepare(source_name: str | None, scale_name: str, num_shards: int) -> Path:
+    """Prepare a source at a scale unless that was done before, and make it the one that trains.
+
+    A second process waits for the first. A kill at any moment leaves nothing that the next call cannot mend.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(CACHE / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print("waiting for another prepare.py")
+    with lock:
+        source = find_source(source_name or default_source(scale_name), num_shards)
+        key = preparation_key(source, scale_name)
+        folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
+        if not folder.exists():
+            build(folder, source, scale_name, key)
+        pointer = CACHE / "current.part"
+        pointer.write_text(folder.name + "\n")
+        os.replace(pointer, CACHE / "current")
+    return folder
+
+
+def preparation_key(source: Source, scale_name: str) -> str:
+    """Hash of all that determines a preparation: this file, the scale, and every byte of text in order."""
+    with ThreadPoolExecutor() as pool:
+        parts = [list(pool.map(file_hash, files)) for files in (source.files, source.val_files or [])]
+    suffixes = [path.suffix for path in source.files]
+    code = hashlib.sha256(SOURCE_CODE).hexdigest()
+    return hashlib.sha256(json.dumps([code, scale_name, suffixes, parts]).encode()).hexdigest()
+
+
+def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
+    """Train the tokenizer, tokenise and pack both splits, beside `folder`; then rename into place."""
+    scale = SCALES[scale_name]
+    aside = folder.with_name("building")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
+    aside.mkdir()
+    if source.val_files:
+        train, val = documents(source.files), documents(source.val_files)
+        tokenizer_texts = documents(climbmix_shard(shard) for shard in itertools.count())
+    else:
+        mask, val_index = split_by_hash(source.files)
+        if mask.sum() == 0:
+            stop(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
+        wanted = set(val_index.tolist())
+        picked = {i: text for i, text in enumerate(documents(source.files)) if i in wanted}
+        val = (picked[i] for i in val_index.tolist())
+        train = itertools.compress(documents(source.files), mask)
+        tokenizer_texts = itertools.compress(documents(source.files), mask)
+
+    start = time.time()
+    tokenizer = Tokenizer.train(head_bytes(tokenizer_texts, TOKENIZER_BYTES), scale.vocab_size)
+    tokenizer.bpe.save(str(aside / "tokenizer.json"))
+    print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens, trained in {time.time() - start:.1f} s")
+
+    splits = {}
+    for split, texts, max_rows in (("train", train, None), ("val", val, scale.eval_rows)):
+        splits[split] = write_rows(aside / f"{split}.bin", texts, tokenizer, scale.seq_len, max_rows)
+        if splits[split]["rows"] < MIN_ROWS[split]:
+            shutil.rmtree(aside)
+            stop(
+                f"{source.name} has too little text: {splits[split]['rows']} {split} rows of {scale.seq_len} "
+                f"tokens, and {MIN_ROWS[split]} are needed; add text or take --scale small"
+            )
+    meta = {
+        "source": source.name,
+        "scale": scale_name,
+        "key": key,
+        "prepare": hashlib.sha256(SOURCE_CODE).hexdigest(),
+        "files": len(source.files),
+        "splits": splits,
+    }
+    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+    os.rename(aside, folder)
+
+
+def load_rows(split: str) -> np.ndarray:
+    """(rows, MAX_SEQ_LEN + 1) uint16 of the current preparation, mapped from disk, read-only."""
+    folder, meta = prepared()
+    path, shape = folder / f"{split}.bin", (meta["splits"][split]["rows"], MAX_SEQ_LEN + 1)
+    if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
+        stop(f"{path} is damaged; delete its folder and run `uv run prepare.py` again")
+    return np.memmap(path, np.uint16, "r", shape=shape)
+
+
+# ---------------------------------------------------------------------------
+# Clock and loader
+
+HANG_SECONDS = 300  # beyond the budget, after which a run is taken to hang
+
+
+class Clock:
+    """Counts from the first training batch that the process draws; nothing stops it or sets it back."""
+
+    def __init__(self):
+        self.start: float | None = None
+        self.last_draw = 0.0  # seconds on this clock
+        self.cursor = 0  # tokens drawn
+
+    def elapsed(self) -> float:
+        """Seconds since the first batch was drawn."""
+        return 0.0 if self.start is None else time.monotonic() - self.start
+
+    def progress(self) -> float:
+        """Share of the time budget that is spent, in [0, 1]."""
+        return min(self.elapsed() / TIME_BUDGET, 1.0)
+
+    def draw(self) -> None:
+        if self.start is None:
+            self.start = time.monotonic()
+            watch()
+        self.last_draw = self.elapsed()
+
+
+clock = Clock()
+
+
+def watch() -> None:
+    """From here on, a process that outlasts the budget by HANG_SECONDS shows where it is and exits with 1."""
+    if not hasattr(sys, "ps1"):  # a person at a prompt or in a notebook may take longer
+        faulthandler.dump_traceback_later(TIME_BUDGET + HANG_SECONDS, exit=True, file=sys.__stderr__)
+
+
+def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") -> Iterator:
+    """Endless batches of the training rows: (inputs, targets, epoch).
+
+    inputs and targets are int64 (B, T) on the training device, targets one token ahead; the epoch counts from
+    1. T divides MAX_SEQ_LEN: a row gives MAX_SEQ_LEN / T pieces. Rows come in a new order every epoch, drawn
+    from torch.initial_seed(). The first batch starts the clock; a second loader goes on where the first is.
+    """
+    if split != "train":
+        stop("the loader gives training rows only; evaluate_bpb reads the validation rows by itself")
+    if B < 1 or T < 1 or MAX_SEQ_LEN % T:
+        stop(f"a batch of {B} x {T} cannot be had; T must divide {MAX_SEQ_LEN}")
+    if tokenizer.get_vocab_size() != Tokenizer.from_directory().get_vocab_size():
+        stop("this tokenizer is not the one that made the rows; use Tokenizer.from_directory()")
+    rows = load_rows("train")
+    watch()
+    return batches(np.lib.stride_tricks.sliding_window_view(rows, T + 1, axis=1)[:, ::T], B)
+
+
+def batches(pieces: np.ndarray, B: int) -> Iterator:
+    """Batches of B out of `pieces`, a view (rows, pieces per row, T + 1) of the rows."""
+    n_rows, per_row, T = pieces.shape[0], pieces.shape[1], pieces.shape[2] - 1
+    cuda = DEVICE == "cuda"
+    buffers = [torch.empty(2, B, T, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
+    copied = [torch.cuda.Event() for _ in buffers] if cuda else None
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng([torch.initial_seed(), epoch]).permutation(n_rows)
+
+    for turn in itertools.count():
+        clock.draw()
+        first = -(-clock.cursor // T)
+        clock.cursor = (first + B) * T
+        epoch, piece = np.divmod(np.arange(first, first + B), n_rows * per_row)
+        row = np.concatenate([order(e)[piece[epoch == e] // per_row] for e in np.unique(epoch).tolist()])
+        batch = pieces[row, piece % per_row]  # (B, T + 1) uint16
+        buffer = buffers[turn % 2]
+        if cuda:
+            copied[turn % 2].synchronize()  # the copy out of this buffer, and so all work two batches back
+        buffer.numpy()[0] = batch[:, :-1]
+        buffer.numpy()[1] = batch[:, 1:]
+        inputs, targets = buffer.to(DEVICE, non_blocking=cuda, copy=True)
+        if cuda:
+            copied[turn % 2].record()
+        yield inputs, targets, int(epoch[-1]) + 1
+
+
+# ---------------------------------------------------------------------------
+# Metric: bits per byte, measured by a harness that takes nothing on trust
+
+LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds on the clock; a later batch voids the run
+SLICE = 1 << 26  # logits handled at once in float32 (256 MB)
+NOISE = 0.02  # standard deviation added to every parameter before the early check
+MAX_WOBBLE = 1 / 32  # how far the same input twice may differ, as a share of the largest logit
+
+
+def harness_digest(tokenizer: Tokenizer) -> str:
+    """12 hex digits over all that gives val_bpb its meaning: values compare only under the same digest."""
+    parts = [SOURCE_CODE, str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
+    parts += [load_rows("val").tobytes(), prepared()[1]["key"].encode()]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+
+
+def get_logits(model: nn.Module, inputs: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """(B, T, vocab_size) logits of (B, T) inputs; ends the process if they are anything else."""
+    logits = model(inputs)
+    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != (*inputs.shape, vocab_size):
+        stop(f"model(inputs) must give logits of shape {(*inputs.shape, vocab_size)}, not {shape}")
+    return logits
+
+
+def slices(logits: torch.Tensor) -> Iterator[slice]:
+    """Slices of rows with at most SLICE logits each."""
+    step = max(1, SLICE // logits[0].numel())
+    return (slice(i, i + step) for i in range(0, len(logits), step))
+
+
+def score(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], tokenizer: Tokenizer) -> torch.Tensor:
+    """Nats of one batch, summed over all targets but BOS: a float32 scalar; NaN if a logit is not finite."""
+    inputs, targets = batch
+    logits = get_logits(model, inputs, tokenizer.get_vocab_size())
+    nats = torch.zeros((), device=logits.device)
+    for part in slices(logits):
+        z, y = logits[part].float(), targets[part]
+        loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
+        nats += (loss * (y != tokenizer.bos).flatten()).sum() + 0 * z.sum()  # 0 * inf is NaN
+    return nats
+
+
+def keep_masks(B: int, T: int) -> Iterator[torch.Tensor]:
+    """Masks (B, T) of the inputs that each probe keeps.
+
+    First every position is the last one kept, once, a different one in each row. Then whole rows are kept,
+    such that of any two rows each is kept in some probe while the other changes: they get distinct codes of
+    equal weight (Sperner's theorem says how short).
+    """
+    row, position = torch.arange(B)[:, None], torch.arange(T)
+    for cut in range(0, T, B):
+        yield position <= cut + row
+    bits = next(k for k in itertools.count(1) if math.comb(k, k // 2) >= B)
+    codes = list(itertools.islice(itertools.combinations(range(bits), bits // 2), B))
+    for bit in range(bits):
+        yield torch.tensor([[bit in code] for code in codes]).expand(B, T)
+
+
+def probe(model: nn.Module, inputs: torch.Tensor, vocab_size: int) -> None:
+    """End the process if logits are not finite, or depend on later tokens, other rows or earlier batches.
+
+    Two calls are compared bitwise. Where the same input twice differs by itself, four times that is allowed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shift = torch.randint(1, vocab_size, inputs.shape, generator=generator).to(inputs.device)
+    other = (inputs + shift) % vocab_size  # differs at every position
+    everything = torch.ones_like(inputs, dtype=torch.bool)
+
+    def gap(inputs: torch.Tensor, mask: torch.Tensor) -> float:
+        """Largest difference from the base logits where the mask is set."""
+        logits = get_logits(model, inputs, vocab_size)
+        gaps = [((logits[s].float() - base[s]) * mask[s, :, None]).abs().amax() for s in slices(base)]
+        largest = torch.stack(gaps).max().item()
+        if not math.isfinite(largest):
+            stop("the model gives logits that are not finite")
+        return largest
+
+    get_logits(model, inputs, vocab_size)  # so that a model with a memory remembers the same in the next two
+    base = get_logits(model, inputs, vocab_size)
+    wobble = gap(inputs, everything)
+    if wobble > MAX_WOBBLE * base.abs().amax().item():
+        stop("the model gives other logits for the same input: does it draw random numbers or keep a memory?")
+    for mask in keep_masks(*inputs.shape):
+        mask = mask.to(inputs.device)
+        difference = gap(torch.where(mask, inputs, other), mask)
+        if difference > 4 * wobble:
+            stop(f"the logits depend on later tokens, other rows or earlier batches (by {difference:.2g})")
+    if gap(inputs, everything) > 4 * wobble:
+        stop("the model carries state from one batch to the next")
+
+
+def val_batches(batch_size: int, bos: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """All validation rows as (inputs, targets), the last batch filled up with BOS, which does not count."""
+    rows = load_rows("val")
+    for i in range(0, len(rows), batch_size):
+        batch = np.full((batch_size, MAX_SEQ_LEN + 1), bos, np.int64)
+        part = rows[i : i + batch_size]
+        batch[: len(part)] = part
+        batch = torch.from_numpy(batch).to(DEVICE)
+        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Before the clock starts: refuse a model that evaluate_bpb would refuse after five minutes.
+
+    Adds a little noise to all parameters, since a projection that is still zero hides what lies behind it;
+    the caller restores them.
+    """
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    training = model.training
+    model.eval()
+    inputs, _ = next(val_batches(batch_size, tokenizer.bos))
+    probe(model, inputs, tokenizer.get_vocab_size())
+    model.train(training)
+
+
+@torch.no_grad()
+def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of the validation rows: total nats / (ln 2 * total bytes of the target tokens).
+
+    model(inputs) gives logits (batch_size, MAX_SEQ_LEN, vocab_size); the cross-entropy is computed here, in
+    float32. BOS targets count in neither sum, and every row counts at any batch size. Ends the process for a
+    run that drew batches too long after its budget, and for a model that probe() refuses.
+    """
+    if clock.last_draw > LATEST_DRAW:
+        stop(f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s; stop in time")
+    training = model.training
+    model.eval()
+    first = next(val_batches(batch_size, tokenizer.bos))
+    probe(model, first[0], tokenizer.get_vocab_size())
+    before = score(model, first, tokenizer)
+    nats = [score(model, batch, tokenizer) for batch in val_batches(batch_size, tokenizer.bos)]
+    after = score(model, first, tokenizer)
+    total_nats = torch.stack(nats).cpu().double().sum().item()
+    if not math.isfinite(total_nats):
+        stop("the model gives logits that are not finite")
+    if (after - nats[0]).abs() > 4 * (before - nats[0]).abs():
+        stop("the first batch scores differently after the others: the model carries state between batches")
+    model.train(training)
+    total_bytes = int(tokenizer.token_bytes()[load_rows("val")[:, 1:]].sum())
+    return total_nats / (math.log(2) * total_bytes)
+
+
+# ---------------------------------------------------------------------------
+# Command line
+
+
+def fetch_attention_kernel() -> None:
+    """Put FlashAttention-3 into the hub's cache, so that training needs no network."""
+    if torch.cuda.get_device_capability()[0] not in (8, 9):
+        return
+    from kernels import install_kernel
+
+    repo, version = ATTENTION_KERNEL
+    try:
+        install_kernel(repo, version=version)
+        print(f"attention  {repo} version {version} is in the cache")
+    except Exception as error:  # the library raises many kinds; all mean the same here
+        print(f"attention  {repo} cannot be had ({str(error).splitlines()[0]}); training uses PyTorch's own")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prepare text for training: once per source and scale.")
+    parser.add_argument("--source", help="climbmix, tinystories, python, or a path to text of your own")
+    parser.add_argument("--scale", choices=SCALES, default="full" if DEVICE == "cuda" else "small")
+    parser.add_argument("--num-shards", type=int, default=NUM_SHARDS, help="training shards of climbmix")
+    args = parser.parse_args()
+    if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
+        parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is ever half-written, so Ctrl-C ends it at once
+    try:
+        folder = prepare(args.source, args.scale, args.num_shards)
+    except OSError as error:
+        stop(f"{error.filename or CACHE}: {error.strerror or error}")
+    if DEVICE == "cuda":
+        fetch_attention_kernel()
+    meta = json.loads((folder / "meta.json").read_text())
+    for split, count in meta["splits"].items():
+        print(
+            f"{split:<10} {count['rows']:,} rows of {SCALES[args.scale].seq_len} tokens out of "
+            f"{count['documents']:,} documents, {count['bytes'] / 1e6:.1f} MB, in {count['seconds']} s"
+        )
+    print(f"ready      {folder.name}; next: uv run train.py")
+
+
+if __name__ == "__main__":
+    main()
