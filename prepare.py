@@ -49,6 +49,11 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
+def first_line(error: Exception) -> str:
+    """What an error says of itself, fit for a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 # ---------------------------------------------------------------------------
 # Scales, device, budget
 
@@ -86,7 +91,7 @@ def pick_device() -> str:
             torch.ones(1, device="cuda").add(1).item()  # one launch: catches old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
             stop(
-                f"torch {torch.__version__} cannot use the NVIDIA GPU here ({str(error).splitlines()[0]}); "
+                f"torch {torch.__version__} cannot use the NVIDIA GPU here ({first_line(error)}); "
                 "update the NVIDIA driver, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
             )
         return "cuda"
@@ -144,7 +149,7 @@ RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
 
 
-class Gone(Exception):
+class Refused(ValueError):
     """The server says no, and would say it again."""
 
 
@@ -155,50 +160,41 @@ def fetch(repo: str, name: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(name + ".part")
-    for pause in (*RETRY_PAUSES, 0):
+    for pause in (*RETRY_PAUSES, None):
         try:
-            sha256 = download(f"{HUB}/datasets/{repo}/resolve/main/{name}", part)
-            try:
-                verify(part, sha256)
-            except ValueError:
-                part.unlink()  # nothing of it can be trusted
-                raise
+            download(f"{HUB}/datasets/{repo}/resolve/main/{name}", part)
             os.replace(part, path)
             return path
-        except requests.RequestException as error:
-            reason = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
-        except ValueError as error:
-            reason = str(error)
-        except Gone as error:
-            reason = str(error)
-            break
-        if pause:
+        except (requests.RequestException, ValueError) as error:
+            broken = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
+            reason = str(error) if isinstance(error, ValueError) else broken
+            if pause is None or isinstance(error, Refused):
+                stop(
+                    f"cannot download {name} of {repo}: {reason}; `uv run prepare.py` again resumes, "
+                    "and `uv run prepare.py --source python` needs no network"
+                )
             time.sleep(pause)
-    stop(
-        f"cannot download {name} of {repo}: {reason}; `uv run prepare.py` again resumes, "
-        "and `uv run prepare.py --source python` needs no network"
-    )
+    raise AssertionError
 
 
-def download(url: str, part: Path) -> str | None:
-    """Append to `part` what it lacks of `url`. Returns the sha256 that the hub announces for large files.
+def download(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of `url`, and check the whole; what cannot be trusted is deleted.
 
-    Raises Gone when a retry is useless, and ValueError or requests' own errors when it is not.
+    Raises Refused where a retry is useless, ValueError or requests' own errors where it is not.
     """
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     if os.environ.get("HF_TOKEN"):
         headers["Authorization"] = f"Bearer {os.environ['HF_TOKEN']}"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:
+        status = response.status_code
+        if status == 416:
             part.unlink(missing_ok=True)
             raise ValueError("the server refused to resume the download")
         if not response.ok:
-            kind = ValueError if response.status_code == 429 or response.status_code >= 500 else Gone
-            raise kind(f"HTTP {response.status_code} {response.reason}")
-        if response.status_code != 206:
+            kind = ValueError if status == 429 or status >= 500 else Refused
+            raise kind(f"HTTP {status} {response.reason}")
+        if status != 206:
             have = 0  # the server ignored the Range: start over
         hub = (response.history or [response])[0].headers  # before the redirect to the storage
         rest = response.headers.get("Content-Length")
@@ -208,25 +204,17 @@ def download(url: str, part: Path) -> str | None:
             for chunk in response.iter_content(1 << 20):
                 file.write(chunk)
                 bar.update(len(chunk))
-    got = part.stat().st_size
-    if size and got != size:
-        if got > size:
-            part.unlink()
+    got, sha256 = part.stat().st_size, hub.get("X-Linked-Etag", "").strip('W/"')
+    if got < size:
         raise ValueError(f"{got:,} bytes arrived of {size:,}")
-    sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
-    return sha256 if len(sha256) == 64 else None
-
-
-def verify(part: Path, sha256: str | None) -> None:
-    """Raise ValueError unless the file is what the hub announced and opens as parquet with a text column."""
-    if sha256 and file_hash(part) != sha256:
-        raise ValueError("the sha256 differs from the one that the hub announced")
     try:
-        columns = pq.ParquetFile(part).schema_arrow.names
-    except (pa.ArrowException, OSError):
-        raise ValueError("what arrived is not a parquet file") from None
-    if "text" not in columns:
-        raise ValueError("the parquet file has no column `text`")
+        if size and got > size or len(sha256) == 64 and file_hash(part) != sha256:
+            raise ValueError("the file differs from the one that the hub announced (size or sha256)")
+        if "text" not in pq.ParquetFile(part).schema_arrow.names:
+            raise ValueError("the parquet file has no column `text`")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        part.unlink()
+        raise ValueError(f"what arrived is no good: {first_line(error)}") from None
 
 
 def file_hash(path: Path) -> str:
@@ -293,8 +281,9 @@ def find_source(source: str, num_shards: int) -> Source:
     path = Path(source).expanduser()
     if not path.exists():
         stop(f"there is no source or path `{source}`; take climbmix, tinystories, python, or a path to text")
-    files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES) if path.is_dir() else [path]
-    if not files or files[0].suffix not in SUFFIXES:
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    if not files:
         stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
     return Source(re.sub(r"[^\w.-]+", "_", path.resolve().stem) or "text", files)
 
@@ -326,7 +315,7 @@ def read_parquet(path: Path) -> Iterator[str]:
             for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
                 yield raw.decode("utf-8", "replace")
     except (pa.ArrowException, KeyError, OSError) as error:
-        stop(f"{path} cannot be read as parquet with text in a column `text` ({str(error).splitlines()[0]})")
+        stop(f"{path} cannot be read as parquet with text in a column `text` ({first_line(error)})")
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -474,8 +463,8 @@ def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.nda
     """Best-fit packing of tokenised documents into full rows (row_len,) of uint16.
 
     A document is cut into pieces of at most a row, each begun by BOS. The longest waiting piece that fits
-    goes in; when none fits, the longest of all is cropped to fill the row, and its rest waits on, begun by BOS
-    again. So all text ends up in a row, but for what is left when the last row cannot be filled.
+    goes in; when none fits, the longest of all is cropped to fill the row, and its rest waits on behind a BOS
+    of its own. So all text ends up in a row, but for what is left when the last row cannot be filled.
     """
     head = np.array([bos], np.uint16)
     body = row_len - 1
@@ -862,7 +851,7 @@ def fetch_attention_kernel() -> None:
         install_kernel(repo, version=version)
         print(f"attention  {repo} version {version} is in the cache")
     except Exception as error:  # the library raises many kinds; all mean the same here
-        print(f"attention  {repo} cannot be had ({str(error).splitlines()[0]}); training uses PyTorch's own")
+        print(f"attention  {repo} cannot be had ({first_line(error)}); training uses PyTorch's own")
 
 
 def main() -> None:
