@@ -201,7 +201,7 @@ def download(url: str, part: Path) -> None:
         size = int(hub.get("X-Linked-Size") or (have + int(rest) if rest else 0))
         bar = tqdm(total=size or None, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=None)
         with part.open("ab" if have else "wb") as file, bar:
-            for chunk in response.iter_content(1 << 20):
+            for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
     got, sha256 = part.stat().st_size, hub.get("X-Linked-Etag", "").strip('W/"')

@@ -1,0 +1,64 @@
+"""A cache of its own and a small real corpus for all tests, made before prepare.py is imported."""
+
+import atexit
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRATCH = Path(tempfile.mkdtemp(prefix="autoresearch-tests-"))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+
+# Real text on any machine: modules of the standard library, as documents of a .jsonl file.
+CORPUS = SCRATCH / "corpus"
+CORPUS.mkdir()
+modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+TEXTS = [text for path in modules if (text := path.read_text("utf-8", errors="replace")).strip()]
+with (CORPUS / "stdlib.jsonl").open("w") as lines:
+    lines.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+
+os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
+os.environ.pop("AUTORESEARCH_BUDGET", None)
+subprocess.run(
+    [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"],
+    check=True,
+    capture_output=True,
+)
+
+import prepare  # noqa: E402
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache for this process."""
+    monkeypatch.setattr(prepare, "CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_cache():
+    """The corpus prepared at a scale of 32 tokens a row and 40 validation rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "CACHE", SCRATCH / "tiny")
+        patch.setitem(prepare.SCALES, "tiny", prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40))
+        prepare.prepare(str(CORPUS), "tiny", 1)
+    return SCRATCH / "tiny"
+
+
+@pytest.fixture
+def tiny(tiny_cache, cache, monkeypatch):
+    """A copy of it as the current preparation, with a clock that has not started; on the CPU."""
+    shutil.copytree(tiny_cache, cache)
+    monkeypatch.setitem(prepare.SCALES, "tiny", prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40))
+    monkeypatch.setattr(prepare, "DEVICE", "cpu")
+    monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 32)
+    monkeypatch.setattr(prepare, "PREPARATION", prepare.current_preparation())
+    monkeypatch.setattr(prepare, "clock", prepare.Clock())
+    return prepare.PREPARATION[0]

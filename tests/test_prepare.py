@@ -1,0 +1,883 @@
+"""Claims about prepare.py: text, tokenizer, packing, downloads, loader, clock and metric."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CORPUS, ROOT, TEXTS
+from torch import nn
+
+import prepare
+from prepare import Tokenizer, check_model, evaluate_bpb, make_dataloader
+
+ODD_TEXTS = [
+    "",
+    "plain",
+    "naïve café, 你好，世界 — ١٢٣ 👩‍👩‍👧‍👦🏳️‍🌈",
+    "".join(map(chr, range(0x250))),
+    "\ufeff\u200b\u0000\x7f \t\r\n\n  tail ",
+    "<|bos|> spelled <|bos|><|bos|>",
+    "12345678901234567890 don't DON'T",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_directory()
+
+
+def run(*args, **env):
+    """prepare.py or another script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}
+    )
+
+
+# ---------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_token_bytes_sum_to_the_bytes_of_any_text(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.decode(ids) == text
+
+
+def test_token_bytes_are_exact_for_tokens_that_are_parts_of_characters():
+    emoji = [chr(c) for c in range(0x1F600, 0x1F640)]
+    broken = Tokenizer.train((e for e in emoji for _ in range(9)), 300)
+    alphabet = {c for token in broken.bpe.get_vocab() for c in token if token != prepare.BOS}
+    assert len(alphabet) == 256
+    parts = [i for i in range(300) if "\ufffd" in broken.decode([i]) and broken.token_bytes()[i] > 1]
+    assert parts, "no merge inside a character: the test tests nothing"
+    for text in [*emoji, "".join(emoji), "é😀"]:
+        assert broken.token_bytes()[broken.encode(text)].sum() == len(text.encode())
+
+
+def test_text_that_spells_bos_is_ordinary_text_also_after_a_reload(tokenizer):
+    assert tokenizer.get_bos_token_id() not in tokenizer.encode("a <|bos|> b")
+    assert tokenizer.token_bytes()[tokenizer.get_bos_token_id()] == 0
+
+
+def test_encode_takes_a_text_or_a_list_and_prepends(tokenizer):
+    bos = tokenizer.get_bos_token_id()
+    one, two = tokenizer.encode("one"), tokenizer.encode("two 2")
+    assert tokenizer.encode(["one", "two 2"]) == [one, two]
+    assert tokenizer.encode("one", prepend=bos) == tokenizer.encode("one", prepend="<|bos|>") == [bos, *one]
+    assert tokenizer.encode(["one", "two 2"], prepend=bos) == [[bos, *one], [bos, *two]]
+
+
+def test_at_most_two_digits_share_a_token(tokenizer):
+    assert max(map(len, (tokenizer.decode([i]) for i in tokenizer.encode("1234567 90")))) <= 2
+
+
+# ---------------------------------------------------------------------------
+# Packing
+
+
+def naive_pack(documents, row_len, bos, waiting_limit):
+    """The same rule by linear scan over a plain list."""
+    cut = [[bos, *doc[i : i + row_len - 1]] for doc in documents for i in range(0, len(doc), row_len - 1)]
+    waiting, rows = [], []
+    while True:
+        while cut and len(waiting) < waiting_limit:
+            waiting.append(cut.pop(0))
+        row = []
+        while len(row) < row_len:
+            if not waiting:
+                return rows
+            fits = [piece for piece in waiting if len(piece) <= row_len - len(row)]
+            longest = max(map(len, fits or waiting))
+            index = max(i for i, piece in enumerate(waiting) if len(piece) == longest)
+            piece = waiting.pop(index)
+            room = row_len - len(row)
+            row += piece[:room]
+            if len(piece) > room:
+                waiting.append([bos, *piece[room:]])
+        rows.append(row)
+
+
+@pytest.mark.parametrize("row_len, waiting", [(17, 5), (33, 40), (257, 2048)])
+def test_packing_is_best_fit(monkeypatch, row_len, waiting):
+    monkeypatch.setattr(prepare, "WAITING", waiting)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(1, 500, n).astype(np.uint16) for n in rng.geometric(0.02, 600)]
+    rows = list(prepare.pack(iter(documents), row_len, 0))
+    assert [row.tolist() for row in rows] == naive_pack([d.tolist() for d in documents], row_len, 0, waiting)
+
+
+def test_every_row_begins_with_bos_and_all_text_but_the_last_row_survives(tokenizer):
+    documents = list(prepare.tokenize(tokenizer, TEXTS))
+    rows = np.stack(list(prepare.pack(iter(documents), 257, tokenizer.bos)))
+    assert (rows[:, 0] == tokenizer.bos).all()
+    total = sum(map(len, documents))
+    kept = (rows != tokenizer.bos).sum()
+    assert total - 257 * 2 < kept <= total
+    assert not Counter(rows[rows != tokenizer.bos].tolist()) - Counter(np.concatenate(documents).tolist())
+
+
+# ---------------------------------------------------------------------------
+# Sources and splits
+
+
+def lowest_hashes(texts):
+    """The validation documents, by the contract's words: the 5% of documents with the lowest hash."""
+    ranked = sorted(set(texts), key=lambda t: hashlib.blake2b(t.encode(), digest_size=8).digest())
+    return ranked[: round(0.05 * len(ranked))]
+
+
+def test_no_validation_document_occurs_in_training(tiny):
+    tokenizer = Tokenizer.from_directory()
+    held_out = lowest_hashes(TEXTS)
+
+    def pieces(split):
+        """What stands between two BOS in the rows of a split."""
+        flat, found = prepare.load_rows(split).reshape(-1).tolist(), []
+        for token in flat:
+            if token == tokenizer.bos:
+                found.append([])
+            else:
+                found[-1].append(token)
+        return [tokenizer.decode(ids) for ids in found if len(ids) > 16]
+
+    held_out_text, trained_text = "\0".join(held_out), "\0".join(set(TEXTS) - set(held_out))
+    whole = [piece for piece in pieces("val") if "\ufffd" not in piece]
+    assert len(whole) > 20
+    assert all(piece in held_out_text for piece in whole)
+    assert all(piece in trained_text for piece in pieces("train")[:500] if "\ufffd" not in piece)
+
+
+def test_the_split_depends_on_the_texts_alone(tmp_path, cache):
+    texts = [f"document {i}\n" * (5 + i % 7) for i in range(300)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    pq.write_table(pa.table({"text": texts}), one / "all.parquet")
+    for i, text in enumerate(reversed(texts + texts[:50])):
+        (two / f"{i:03d}.txt").write_text(text)
+    found = []
+    for folder in (one, two):
+        source = prepare.find_source(str(folder), 1)
+        train, val = prepare.split_by_hash(source.files)
+        documents = list(prepare.documents(source.files))
+        found.append(([documents[i] for i in val], {d for d, t in zip(documents, train, strict=True) if t}))
+        assert train.sum() + len(val) == 300
+    assert found[0] == found[1]
+    assert found[0][0] == lowest_hashes(texts)
+    assert not set(found[0][0]) & found[0][1]
+
+
+def test_documents_of_every_format(tmp_path):
+    pq.write_table(pa.table({"text": ["from parquet", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text(
+        '{"text": "lone \\ud800 surrogate"}\n\n{"text": "\\ud83d\\ude00", "id": 1}\n'
+    )
+    (tmp_path / "c.txt").write_bytes("\ufeffwith a byte order mark".encode())
+    (tmp_path / "d.md").write_text("# short\n\nstays whole\n")
+    (tmp_path / "e.csv").write_text("not read")
+    assert list(prepare.documents(prepare.find_source(str(tmp_path), 1).files)) == [
+        "from parquet",
+        "lone \ufffd surrogate",
+        "😀",
+        "with a byte order mark",
+        "# short\n\nstays whole\n",
+    ]
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path):
+    paragraphs = [f"paragraph {i} " + "word " * (i % 90) for i in range(200)]
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(paragraphs))
+    documents = list(prepare.documents([path]))
+    assert len(documents) > 10
+    assert "".join(documents) == path.read_text()
+    assert all(document.endswith("\n\n") and len(document) >= 2000 for document in documents[:-1])
+    assert all(document.startswith("paragraph") for document in documents)
+
+
+def test_invalid_utf8_in_parquet_is_replaced(tmp_path):
+    raw = pa.array([b"ok \xff\xfe"], pa.binary())
+    text = pa.StringArray.from_buffers(1, *raw.buffers()[1:])
+    pq.write_table(pa.table({"text": text}), tmp_path / "x.parquet")
+    assert list(prepare.documents([tmp_path / "x.parquet"])) == ["ok \ufffd\ufffd"]
+
+
+BAD_SOURCES = {
+    "no such path": (lambda p: None, "no source or path"),
+    "empty folder": (lambda p: p.mkdir(), "holds no text"),
+    "wrong suffix": (lambda p: (p.mkdir(), (p / "a.csv").write_text("x")), "holds no text"),
+    "no column text": (
+        lambda p: (p.mkdir(), pq.write_table(pa.table({"body": ["x"]}), p / "a.parquet")),
+        "`text`",
+    ),
+    "numbers as text": (
+        lambda p: (p.mkdir(), pq.write_table(pa.table({"text": [1]}), p / "a.parquet")),
+        "`text`",
+    ),
+    "not parquet": (
+        lambda p: (p.mkdir(), (p / "a.parquet").write_text("rubbish")),
+        "cannot be read as parquet",
+    ),
+    "no key text": (
+        lambda p: (p.mkdir(), (p / "a.jsonl").write_text('{"text": "x"}\n{"body": 1}\n')),
+        "line 2",
+    ),
+    "text is a number": (lambda p: (p.mkdir(), (p / "a.jsonl").write_text('{"text": 5}\n')), "line 1"),
+    "not json": (lambda p: (p.mkdir(), (p / "a.jsonl").write_bytes(b"\x00\xff rubbish")), "line 1"),
+    "binary rubbish": (
+        lambda p: (p.mkdir(), (p / "a.txt").write_bytes(bytes(range(256)) * 99)),
+        "not UTF-8 text",
+    ),
+    "nul bytes": (lambda p: (p.mkdir(), (p / "a.md").write_bytes(b"text\0text")), "not UTF-8 text"),
+    "nothing but blanks": (lambda p: (p.mkdir(), (p / "a.txt").write_text(" \n\n ")), "too few"),
+    "one document": (lambda p: (p.mkdir(), (p / "a.txt").write_text("word " * 1000)), "too few"),
+    "too little text": (
+        lambda p: (p.mkdir(), [(p / f"{i}.txt").write_text(f"text {i}") for i in range(9)]),
+        "too little",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_sources_end_in_one_sentence_and_leave_nothing(tmp_path, cache, name):
+    make, reason = BAD_SOURCES[name]
+    make(tmp_path / "source")
+    with pytest.raises(SystemExit) as stopped:
+        prepare.prepare(str(tmp_path / "source"), "small", 1)
+    message = str(stopped.value.code)
+    assert message.startswith("error: ") and reason in message and "\n" not in message
+    assert not (cache / "current").exists() and not list(cache.glob("source-*"))
+
+
+@pytest.mark.parametrize("split, texts", [("val", TEXTS[:30]), ("train", TEXTS[:2])])
+def test_too_little_text_names_the_split_that_lacks_it(tmp_path, cache, split, texts):
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    with pytest.raises(SystemExit, match=rf"\d {split} rows of 2048 tokens, and \d+ are needed"):
+        prepare.prepare(str(tmp_path / "a.jsonl"), "full", 1)
+
+
+# ---------------------------------------------------------------------------
+# Preparations on disk
+
+
+def test_preparing_again_is_the_same_folder_and_other_inputs_are_others(tmp_path, cache):
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:60]))
+    first = prepare.prepare(str(source), "small", 1)
+    stamp = (first / "meta.json").stat().st_mtime_ns
+    moved = tmp_path / "moved" / "mine"
+    moved.parent.mkdir()
+    source.rename(moved)
+    assert prepare.prepare(str(moved), "small", 1) == first
+    assert (first / "meta.json").stat().st_mtime_ns == stamp
+    with (moved / "a.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"text": TEXTS[60]}))
+    second = prepare.prepare(str(moved), "small", 1)
+    assert second != first and first.exists()
+    assert (cache / "current").read_text() == second.name + "\n"
+    assert prepare.preparation_key(prepare.find_source(str(moved), 1), "full")[:12] not in second.name
+
+
+def test_the_same_inputs_give_the_same_digest_and_rows(tiny, cache, monkeypatch):
+    tokenizer = Tokenizer.from_directory()
+    digest = prepare.harness_digest(tokenizer)
+    rows = [(tiny / f"{split}.bin").read_bytes() for split in ("train", "val")]
+    for file in tiny.iterdir():
+        file.unlink()
+    tiny.rmdir()
+    assert prepare.prepare(str(CORPUS), "tiny", 1) == tiny
+    assert rows == [(tiny / f"{split}.bin").read_bytes() for split in ("train", "val")]
+    assert prepare.harness_digest(Tokenizer.from_directory()) == digest
+    assert len(digest) == 12 and int(digest, 16) >= 0
+    for name, value in (("TIME_BUDGET", 30.0), ("SOURCE_CODE", b"edited")):
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "prepared", lambda: prepare.PREPARATION)
+            patch.setattr(prepare, name, value)
+            assert prepare.harness_digest(tokenizer) != digest
+    other = Tokenizer.train(TEXTS[:9], 512)
+    assert prepare.harness_digest(other) != digest
+
+
+def test_a_kill_at_any_moment_leaves_nothing_that_a_rerun_does_not_mend(tmp_path):
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
+    command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
+    for moment in ("lock", "building", "building/tokenizer.json", "building/val.bin"):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (tmp_path / moment).exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, f"it ended before {moment} was there"
+        assert not (tmp_path / "current").exists() and not list(tmp_path.glob("corpus-*"))
+    both = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)
+    ]
+    outputs = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert [path.name for path in tmp_path.glob("corpus-*")] == [(tmp_path / "current").read_text().strip()]
+    assert not (tmp_path / "building").exists()
+    assert sum("waiting for another" in output for output in outputs) <= 1
+
+
+def test_damaged_rows_are_refused(tiny):
+    (tiny / "train.bin").write_bytes((tiny / "train.bin").read_bytes()[:-2])
+    with pytest.raises(SystemExit, match="damaged"):
+        make_dataloader(Tokenizer.from_directory(), 2, 32, "train")
+
+
+# ---------------------------------------------------------------------------
+# Downloads, against a real HTTP server with faults
+
+
+class Hub:
+    """A server of parquet shards as the hub serves them; `faults` holds what the next requests of a path suffer."""
+
+    def __init__(self):
+        self.files, self.faults, self.requests = {}, {}, []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_HEAD(self):
+                self.reply(200, b"")
+
+            def do_GET(self):
+                name = self.path.rsplit("/", 1)[-1]
+                start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+                if self.path.startswith("/datasets/"):
+                    hub.requests.append((name, start))
+                    fault = hub.faults.get(name, [])
+                    self.serve(name, start, fault.pop(0) if len(fault) > 1 else fault[0] if fault else "")
+                else:
+                    self.serve_file(hub.files[name], start)
+
+            def serve(self, name, start, fault):
+                data = hub.files.get(name)
+                if isinstance(fault, int) or data is None:
+                    self.reply(fault or 404, b"sorry")
+                elif fault == "html":
+                    self.reply(200, b"<html>captive portal</html>", {"Content-Type": "text/html"})
+                elif fault == "drop":
+                    self.serve_file(data, start, send=len(data) // 3)
+                elif fault == "no range":
+                    self.serve_file(data, 0)
+                else:
+                    sha256 = hashlib.sha256(data).hexdigest() if fault != "sha256" else "0" * 64
+                    headers = {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data))}
+                    if fault == "truncated":
+                        self.reply(200, data[: len(data) // 2], headers)
+                    else:
+                        self.reply(302, b"", headers | {"Location": f"/storage/{name}"})
+
+            def serve_file(self, data, start, send=None):
+                if start >= len(data):
+                    return self.reply(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+                part = data[start:]
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str(len(part)))
+                self.end_headers()
+                self.wfile.write(part[:send])
+                if send is not None and send < len(part):
+                    self.close_connection = True
+
+            def reply(self, status, body, headers=None):
+                self.send_response(status)
+                for key, value in ({"Content-Length": str(len(body))} | (headers or {})).items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def add(self, name, texts):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"text": texts}), sink, compression="none")
+        self.files[name] = sink.getvalue().to_pybytes()
+
+
+VAL = "shard_06542.parquet"
+
+
+@pytest.fixture
+def hub(cache, monkeypatch):
+    hub = Hub()
+    hub.add("shard_00000.parquet", TEXTS[:60])
+    hub.add("shard_00001.parquet", TEXTS[60:120])
+    hub.add(VAL, TEXTS[120:])
+    monkeypatch.setattr(prepare, "HUB", hub.url)
+    monkeypatch.setattr(prepare, "RETRY_PAUSES", (0, 0.01, 0.01))
+    monkeypatch.setattr(prepare, "TOKENIZER_BYTES", 200_000)
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def fetched(cache):
+    return {path.name: path.read_bytes() for path in cache.glob("downloads/*/*")}
+
+
+def test_climbmix_is_prepared_from_shards_with_the_last_one_for_validation(hub, cache):
+    one = prepare.prepare("climbmix", "small", 1)
+    assert set(fetched(cache)) == {"shard_00000.parquet", VAL}
+    two = prepare.prepare("climbmix", "small", 2)
+    assert fetched(cache) == hub.files and one != two
+    assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
+    assert (one / "val.bin").read_bytes() == (two / "val.bin").read_bytes()
+    served = len(hub.requests)
+    assert prepare.prepare("climbmix", "small", 2) == two and len(hub.requests) == served
+
+
+@pytest.mark.parametrize("fault", ["truncated", "sha256", "html", "drop", "no range", 429, 500, 503])
+def test_a_passing_fault_is_retried(hub, cache, fault):
+    hub.faults["shard_00000.parquet"] = [fault, fault, ""]
+    path = prepare.fetch(prepare.CLIMBMIX, "shard_00000.parquet")
+    assert path.read_bytes() == hub.files["shard_00000.parquet"]
+    assert set(fetched(cache)) == {"shard_00000.parquet"}
+
+
+def test_a_dropped_connection_resumes_where_it_broke(hub, cache):
+    hub.faults["shard_00000.parquet"] = ["drop", ""]
+    prepare.fetch(prepare.CLIMBMIX, "shard_00000.parquet")
+    broke_at = len(hub.files["shard_00000.parquet"]) // 3
+    (_, first), (_, second) = hub.requests
+    assert first == 0 and broke_at - 100_000 < second <= broke_at
+
+
+def test_a_part_that_is_complete_or_rotten_is_not_trusted_but_mended(hub, cache):
+    whole = hub.files["shard_00000.parquet"]
+    folder = cache / "downloads" / prepare.CLIMBMIX.replace("/", "--")
+    folder.mkdir(parents=True)
+    for left in (whole, b"rotten" * 100, whole + b"more"):
+        (folder / "shard_00000.parquet.part").write_bytes(left)
+        path = prepare.fetch(prepare.CLIMBMIX, "shard_00000.parquet")
+        assert path.read_bytes() == whole
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (404, "HTTP 404"),
+        (401, "HTTP 401"),
+        (503, "HTTP 503"),
+        ("truncated", "bytes arrived of"),
+        ("sha256", "sha256"),
+        ("html", "no good"),
+        ("drop", "broke"),
+    ],
+)
+def test_a_lasting_fault_ends_in_one_sentence_and_keeps_what_arrived(hub, cache, monkeypatch, fault, reason):
+    hub.faults["shard_00001.parquet"] = [fault]
+    monkeypatch.setattr(
+        sys, "argv", ["prepare.py", "--source", "climbmix", "--scale", "small", "--num-shards", "2"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main()
+    message = str(stopped.value.code)
+    assert message.startswith("error: cannot download shard_00001.parquet") and "\n" not in message
+    assert reason in message and "--source python" in message
+    kept = fetched(cache)
+    assert {name for name in kept if not name.endswith(".part")} == {"shard_00000.parquet", VAL}
+    assert not (cache / "current").exists()
+    tries = [start for name, start in hub.requests if name == "shard_00001.parquet"]
+    assert len(tries) == (1 if fault in (401, 404) else 4)
+
+
+def test_a_file_that_is_no_parquet_is_refused(hub, cache):
+    hub.files["shard_00000.parquet"] = b"PAR1" + b"x" * 5000
+    with pytest.raises(SystemExit, match="no good"):
+        prepare.fetch(prepare.CLIMBMIX, "shard_00000.parquet")
+    assert fetched(cache) == {}
+
+
+def test_two_processes_and_a_kill_in_the_middle_of_a_download_do_no_harm(hub, tmp_path):
+    hub.add("tinystories_gpt4_clean.parquet", TEXTS)
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path / "c"), "HF_ENDPOINT": hub.url}
+    command = [sys.executable, ROOT / "prepare.py", "--source", "tinystories", "--scale", "small"]
+    hub.faults["tinystories_gpt4_clean.parquet"] = [
+        "drop",
+        "drop",
+        "",
+    ]  # pauses of 1 s and 2 s: time to be killed
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("c/downloads/*/*.part")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    both = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)
+    ]
+    outputs = [process.communicate()[0].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert fetched(tmp_path / "c") == {
+        "tinystories_gpt4_clean.parquet": hub.files["tinystories_gpt4_clean.parquet"]
+    }
+    assert hub.requests[1][1] > 0, "the second process did not resume"
+
+
+def test_without_a_network_the_default_is_python_and_says_so(cache, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "HUB", "http://127.0.0.1:9")
+    assert prepare.default_source("small") == "python"
+    assert "cannot be reached" in capsys.readouterr().out
+
+
+def test_the_default_follows_the_scale(hub):
+    assert prepare.default_source("full") == "climbmix"
+    assert prepare.default_source("small") == "tinystories"
+
+
+def test_the_python_source_is_the_standard_library_and_the_packages():
+    files = prepare.find_source("python", 1).files
+    assert len(files) == len(set(files)) > 2000
+    assert {"argparse.py", "numpy", "torch"} <= {part for path in files for part in path.parts}
+    assert not [path for path in files if ROOT in path.parents and ".venv" not in path.parts]
+
+
+# ---------------------------------------------------------------------------
+# Command line, device, budget
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "0", "301", "nan"])
+def test_a_bad_budget_is_one_sentence(value):
+    result = run("prepare.py", AUTORESEARCH_BUDGET=value)
+    assert result.returncode == 1 and result.stderr.startswith(f"error: AUTORESEARCH_BUDGET={value}")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)'\n")
+    smi.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    result = run("prepare.py", "--source", CORPUS, PATH=path, CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 1 and "cannot use the NVIDIA GPU" in result.stderr.splitlines()[-1]
+    hidden = run("prepare.py", "--source", CORPUS, "--scale", "small", PATH=path, CUDA_VISIBLE_DEVICES="")
+    assert hidden.returncode == 0, hidden.stderr
+
+
+def test_bad_flags_exit_with_2():
+    assert run("prepare.py", "--num-shards", "0").returncode == 2
+    assert run("prepare.py", "--scale", "huge").returncode == 2
+
+
+# ---------------------------------------------------------------------------
+# Loader and clock
+
+
+def test_targets_are_the_inputs_one_token_on(tiny):
+    loader = make_dataloader(Tokenizer.from_directory(), 6, 32, "train")
+    rows = {row.tobytes() for row in prepare.load_rows("train")}
+    for _ in range(5):
+        inputs, targets, epoch = next(loader)
+        assert inputs.shape == targets.shape == (6, 32) and inputs.dtype == targets.dtype == torch.int64
+        assert inputs.is_contiguous() and targets.is_contiguous() and epoch == 1
+        assert torch.equal(inputs[:, 1:], targets[:, :-1])
+        for x, y in zip(inputs, targets, strict=True):
+            assert torch.cat([x, y[-1:]]).numpy().astype(np.uint16).tobytes() in rows
+
+
+def drawn(loader, batches):
+    """Rows of the next batches, as bytes."""
+    return [x.numpy().tobytes() for _ in range(batches) for x in next(loader)[0]]
+
+
+def test_an_epoch_shows_every_row_once_in_an_order_that_the_seed_decides(tiny):
+    tokenizer = Tokenizer.from_directory()
+    n_rows = len(prepare.load_rows("train"))
+    orders = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        prepare.clock = prepare.Clock()
+        loader = make_dataloader(tokenizer, n_rows // 2, 32, "train")
+        first, second = drawn(loader, 2), drawn(loader, 2)
+        everything = Counter(row[:-1].astype(np.int64).tobytes() for row in prepare.load_rows("train"))
+        assert not Counter(first) - everything and len(first) == n_rows // 2 * 2
+        assert first != second
+        orders.append(first)
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_epochs_count_from_one_and_a_batch_may_span_two(tiny):
+    n_rows = len(prepare.load_rows("train"))
+    loader = make_dataloader(Tokenizer.from_directory(), n_rows - 1, 32, "train")
+    assert [next(loader)[2] for _ in range(3)] == [1, 2, 3]
+
+
+def test_a_shorter_T_cuts_rows_into_pieces(tiny):
+    tokenizer = Tokenizer.from_directory()
+    whole = drawn(make_dataloader(tokenizer, 4, 32, "train"), 1)
+    prepare.clock = prepare.Clock()
+    quarters = drawn(make_dataloader(tokenizer, 16, 8, "train"), 1)
+    assert b"".join(whole) == b"".join(quarters)
+
+
+def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
+    tokenizer = Tokenizer.from_directory()
+    one = make_dataloader(tokenizer, 4, 32, "train")
+    rows = drawn(one, 3)
+    prepare.clock = prepare.Clock()
+    rows_again = drawn(make_dataloader(tokenizer, 4, 32, "train"), 1)
+    start = prepare.clock.start
+    rows_again += drawn(make_dataloader(tokenizer, 8, 32, "train"), 1)
+    assert rows == rows_again and prepare.clock.start == start
+
+
+@pytest.mark.parametrize("args", [(4, 32, "val"), (4, 31, "train"), (0, 32, "train"), (4, 64, "train")])
+def test_the_loader_refuses_at_once(tiny, args):
+    with pytest.raises(SystemExit):
+        make_dataloader(Tokenizer.from_directory(), *args)
+
+
+def test_the_clock_starts_with_the_first_batch(tiny):
+    loader = make_dataloader(Tokenizer.from_directory(), 2, 32, "train")
+    time.sleep(0.05)
+    assert prepare.clock.elapsed() == prepare.clock.progress() == 0
+    next(loader)
+    time.sleep(0.05)
+    assert 0.05 <= prepare.clock.elapsed() < 5
+    assert prepare.clock.progress() == pytest.approx(prepare.clock.elapsed() / 300, rel=0.1)
+
+
+def test_before_anything_is_prepared_the_first_access_says_what_to_run(tmp_path):
+    code = "import prepare; print(prepare.MAX_SEQ_LEN, flush=True); prepare.Tokenizer.from_directory()"
+    result = run("-c", code, AUTORESEARCH_CACHE=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1 and result.stdout == "256\n"
+    assert "uv run prepare.py" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_the_watchdog_ends_a_run_that_hangs_and_shows_where():
+    code = (
+        "import time, prepare\n"
+        "prepare.HANG_SECONDS = 0.5\n"
+        "loader = prepare.make_dataloader(prepare.Tokenizer.from_directory(), 2, 256, 'train')\n"
+        "def stuck(): time.sleep(60)\n"
+        "next(loader); stuck()\n"
+    )
+    start = time.time()
+    result = run("-c", code, AUTORESEARCH_BUDGET="0.5", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 1 and "in stuck" in result.stderr and time.time() - start < 40
+
+
+# ---------------------------------------------------------------------------
+# Metric
+
+
+class Toy(nn.Module):
+    """A causal model of the kind the harness accepts: a table of logits by token, and a running sum."""
+
+    def __init__(self, vocab_size=512):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.table = nn.Parameter(torch.randn(vocab_size, vocab_size, generator=generator))
+        self.zero = nn.Parameter(torch.zeros(()))
+
+    def logits(self, x):
+        h = self.table[x]
+        return h + h.cumsum(1) / 50
+
+    def forward(self, x):
+        return self.logits(x)
+
+
+class Cheat(Toy):
+    def __init__(self, change, hidden=False):
+        super().__init__()
+        self.change, self.hidden, self.seen = change, hidden, []
+
+    def forward(self, x):
+        z = self.logits(x)
+        changed = self.change(self, z.clone(), x)
+        if self.hidden:  # behind a projection that is still zero
+            return z + self.zero * (changed - z)
+        return changed
+
+
+def ahead(n, position=None, row=None):
+    def change(model, z, x):
+        leak = F.pad(model.table[x], (0, 0, 0, n))[:, n:] * 0.01
+        rows = slice(None) if row is None else slice(row, row + 1)
+        places = slice(None) if position is None else slice(position, position + 1)
+        z[rows, places] += leak[rows, places]
+        return z
+
+    return change
+
+
+def spoil(value):
+    def change(model, z, x):
+        z[1, 7, 5] = value
+        return z
+
+    return change
+
+
+def remember(model, z, x):
+    model.seen = [*model.seen, x.float().mean()]
+    return z + 0.001 * torch.stack(model.seen[-2:])[0]
+
+
+CHEATS = {
+    "one token ahead": ahead(1),
+    "one token ahead at one position": ahead(1, position=13),
+    "one token ahead at the last but one position": ahead(1, position=30),
+    "one token ahead in one row": ahead(1, row=2),
+    "twenty tokens ahead": ahead(20),
+    "a mean over time": lambda m, z, x: z + 0.1 * m.table[x].mean(1, keepdim=True),
+    "a mean over rows": lambda m, z, x: z + 0.1 * m.table[x].mean(0, keepdim=True),
+    "the next row": lambda m, z, x: z + 0.1 * m.table[x].roll(1, 0),
+    "the row before": lambda m, z, x: z + 0.1 * m.table[x].roll(-1, 0),
+    "two rows swapped into one another": lambda m, z, x: z + 0.1 * m.table[x][[1, 0, *range(2, len(x))]],
+    "the memory of earlier batches": remember,
+    "NaN in one logit": spoil(math.nan),
+    "infinity in one logit": spoil(math.inf),
+    "minus infinity in one logit": spoil(-math.inf),
+    "random numbers": lambda m, z, x: z + 0.1 * torch.randn_like(z),
+    "a vocabulary too wide": lambda m, z, x: F.pad(z, (0, 64)),
+    "a position too few": lambda m, z, x: z[:, 1:],
+    "a loss in place of logits": lambda m, z, x: z.mean(),
+    "a pair": lambda m, z, x: (z, None),
+}
+
+
+@pytest.mark.parametrize("stage", [check_model, evaluate_bpb])
+@pytest.mark.parametrize("name", CHEATS)
+def test_the_harness_refuses(tiny, stage, name):
+    with pytest.raises(SystemExit) as stopped:
+        stage(Cheat(CHEATS[name]), Tokenizer.from_directory(), 8)
+    message = str(stopped.value.code)
+    assert message.startswith("error: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in CHEATS if "ahead" in name or "mean" in name or "row" in name]
+)
+def test_the_early_check_sees_through_a_projection_that_is_still_zero(tiny, name):
+    with pytest.raises(SystemExit, match="depend on"):
+        check_model(Cheat(CHEATS[name], hidden=True), Tokenizer.from_directory(), 8)
+
+
+def test_a_memory_that_wakes_up_after_the_probes_is_refused(tiny):
+    def sharpen_late(model, z, x):
+        model.seen.append(x)
+        return z * (1.1 if len(model.seen) > probes + 3 else 1)
+
+    probes = 3 + len(list(prepare.keep_masks(8, 32))) + 1
+    with pytest.raises(SystemExit, match="scores differently"):
+        evaluate_bpb(Cheat(sharpen_late), Tokenizer.from_directory(), 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8, 64])
+def test_the_harness_accepts_an_honest_model_at_any_batch_size(tiny, batch_size):
+    tokenizer = Tokenizer.from_directory()
+    model = Toy()
+    before = [p.clone() for p in model.parameters()]
+    check_model(model, tokenizer, batch_size)
+    assert model.training and not torch.equal(before[0], model.table)
+    with torch.no_grad():
+        model.table.copy_(before[0])
+    assert evaluate_bpb(model, tokenizer, batch_size) == pytest.approx(
+        evaluate_bpb(model, tokenizer, 5), rel=1e-6
+    )
+
+
+def test_a_little_nondeterminism_of_the_hardware_is_allowed(tiny):
+    tokenizer = Tokenizer.from_directory()
+    shaky = Cheat(lambda m, z, x: z + 1e-5 * torch.rand_like(z))
+    assert evaluate_bpb(shaky, tokenizer, 8) == pytest.approx(evaluate_bpb(Toy(), tokenizer, 8), rel=1e-4)
+
+
+def test_bpb_of_a_uniform_model_is_log2_vocab_per_token_over_bytes(tiny):
+    tokenizer = Tokenizer.from_directory()
+    targets = prepare.load_rows("val")[:, 1:].reshape(-1)
+    counted = [t for t in targets.tolist() if t != tokenizer.get_bos_token_id()]
+    # every byte of text is one character of the byte-level vocabulary's strings
+    n_bytes = sum(len(tokenizer.bpe.id_to_token(t)) for t in counted)
+    text = "".join(tokenizer.decode([t]) for t in counted if "\ufffd" not in tokenizer.decode([t]))
+    assert len(text.encode()) <= n_bytes
+    uniform = Toy()
+    with torch.no_grad():
+        uniform.table.fill_(0.5)
+    expected = math.log2(512) * len(counted) / n_bytes
+    assert evaluate_bpb(uniform, tokenizer, 8) == pytest.approx(expected, rel=1e-6)
+
+
+def test_bpb_agrees_with_a_sum_by_hand(tiny):
+    tokenizer = Tokenizer.from_directory()
+    model, nats, n_bytes = Toy().eval(), 0.0, 0
+    for row in prepare.load_rows("val").astype(np.int64):
+        with torch.no_grad():
+            log_probs = model(torch.from_numpy(row[:-1])[None])[0].double().log_softmax(-1)
+        for position, target in enumerate(row[1:].tolist()):
+            if target != tokenizer.bos:
+                nats -= log_probs[position, target].item()
+                n_bytes += len(tokenizer.bpe.id_to_token(target))
+    assert evaluate_bpb(model, tokenizer, 8) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_a_run_that_draws_batches_long_after_its_budget_is_refused(tiny, monkeypatch):
+    tokenizer = Tokenizer.from_directory()
+    loader = make_dataloader(tokenizer, 2, 32, "train")
+    next(loader)
+    prepare.clock.start -= 308
+    next(loader)
+    assert math.isfinite(evaluate_bpb(Toy(), tokenizer, 8))
+    prepare.clock.start -= 2
+    next(loader)
+    with pytest.raises(SystemExit, match="310.. s into a budget of 300 s"):
+        evaluate_bpb(Toy(), tokenizer, 8)
+
+
+@pytest.mark.parametrize("B, T", [(1, 8), (2, 8), (5, 16), (64, 32), (128, 32)])
+def test_probes_keep_every_position_as_the_cut_and_tell_any_two_rows_apart(B, T):
+    masks = list(prepare.keep_masks(B, T))
+    cuts = [int(row.sum()) for mask in masks for row in mask if 0 < row.sum() <= T]
+    assert set(range(1, T + 1)) <= set(cuts) | {T}
+    for mask in masks:
+        assert mask.shape == (B, T)
+        assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in mask)  # a prefix is kept
+    whole = [[bool(row.all()) for row in mask] for mask in masks if mask.eq(mask[:, :1]).all()]
+    for i in range(B):
+        for j in range(B):
+            if i != j:
+                assert any(kept[i] and not kept[j] for kept in whole)
+
+
+# ---------------------------------------------------------------------------
+# Ctrl-C
+
+
+def test_ctrl_c_ends_prepare_at_once_without_a_traceback(tmp_path):
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path)}
+    command = [sys.executable, ROOT / "prepare.py", "--source", "python", "--scale", "small"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    while not (tmp_path / "building").exists():
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        assert b"Traceback" not in process.communicate(timeout=10)[0]
+    assert process.returncode in (-signal.SIGINT, 130)
