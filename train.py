@@ -100,7 +100,7 @@ CPU = torch.cpu.get_capabilities() if DEVICE == "cpu" else {}
 FAST_BF16 = {
     "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
     "mps": lambda: True,
-    "cpu": lambda: any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16")),
+    "cpu": lambda: any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")),
 }[DEVICE]()
 COMPUTE_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32  # of activations; parameters are float32
 

@@ -26,11 +26,8 @@ with (CORPUS / "stdlib.jsonl").open("w") as lines:
 
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 os.environ.pop("AUTORESEARCH_BUDGET", None)
-subprocess.run(
-    [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"],
-    check=True,
-    capture_output=True,
-)
+command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
+subprocess.run(command, check=True, capture_output=True)
 
 import prepare  # noqa: E402
 

@@ -1,0 +1,623 @@
+"""Claims about train.py: attention, model, optimizer, rehearsal, and the script from end to end."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import prepare
+import train
+from train import GPT, GPTConfig, MuonAdamW
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def report(name, a, b):
+    """Largest and mean difference of two tensors, printed; the largest is returned."""
+    difference = (a.float() - b.float()).abs()
+    print(f"{name}: largest difference {difference.max():.2e}, mean {difference.mean():.2e}")
+    return difference.max().item()
+
+
+# ---------------------------------------------------------------------------
+# Attention
+
+
+def naive_attention(q, k, v, window):
+    """A plain masked softmax: position i sees i - window to i, which are window + 1 keys."""
+    T, group = q.size(1), q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
+    visible = torch.tensor([[0 <= i - j <= window for j in range(T)] for i in range(T)], device=q.device)
+    return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
+
+
+SHAPES = [
+    (n_head, n_kv_head, T, w) for n_head, n_kv_head in ((4, 4), (4, 2), (6, 1)) for T, w in ((1, 0), (37, 37))
+]
+SHAPES += [(4, 2, 37, 0), (4, 2, 37, 1), (4, 2, 37, 11), (4, 4, 130, 64), (3, 1, 67, 66), (4, 2, 64, 1000)]
+
+
+def random_qkv(n_head, n_kv_head, T, head_dim=16, device="cpu", dtype=torch.float32):
+    heads = (n_head, n_kv_head, n_kv_head)
+    return [torch.randn(2, T, n, head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads]
+
+
+def assert_same_attention(attend, qkv, window, tolerance):
+    """Forward and backward of `attend` agree with the naive softmax, in the units of its largest value."""
+    reference_qkv = [x.detach().float().requires_grad_() for x in qkv]
+    y, reference = attend(*qkv, window), naive_attention(*reference_qkv, window)
+    assert y.shape == reference.shape
+    assert report("output", y, reference) <= tolerance * reference.abs().max().item()
+    upstream = torch.randn_like(reference)
+    y.backward(upstream.to(y.dtype))
+    reference.backward(upstream)
+    for name, x, r in zip("qkv", qkv, reference_qkv, strict=True):
+        assert report(f"gradient of {name}", x.grad, r.grad) <= tolerance * max(1, r.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
+def test_sdpa_is_a_masked_softmax_over_window_plus_one_keys(n_head, n_kv_head, T, window):
+    assert_same_attention(train.sdpa_attention, random_qkv(n_head, n_kv_head, T), window, 1e-5)
+
+
+def test_flex_attention_is_the_same_function_forward(monkeypatch):
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    attend = torch.compile(train.flex_backend({11, 37}, 37), dynamic=False)
+    with torch.no_grad():
+        for window in (11, 37):
+            qkv = random_qkv(4, 2, 37)
+            assert report("output", attend(*qkv, window), naive_attention(*qkv, window)) < 1e-5
+
+
+def test_flex_attention_leaves_what_it_has_no_mask_for_to_sdpa(monkeypatch):
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    attend = train.flex_backend({11, 64}, 64)
+    for T, window in ((20, 11), (64, 64), (64, 11)):
+        assert_same_attention(attend, random_qkv(4, 2, T), window, 1e-5)
+
+
+@CUDA
+@pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
+def test_flex_attention_is_the_same_function_on_cuda(n_head, n_kv_head, T, window):
+    attend = torch.compile(train.flex_backend({window}, T), dynamic=False)
+    qkv = random_qkv(n_head, n_kv_head, T, 64, "cuda", torch.bfloat16)
+    assert_same_attention(attend, qkv, window, 0.02)
+
+
+@CUDA
+@pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
+def test_fa3_is_the_same_function(n_head, n_kv_head, T, window):
+    try:
+        attend = train.fa3_backend()
+    except Exception as error:
+        pytest.skip(f"FlashAttention-3 cannot be had: {error}")
+    assert_same_attention(attend, random_qkv(n_head, n_kv_head, T, 64, "cuda", torch.bfloat16), window, 0.02)
+
+
+FAKE_KERNEL = """
+import torch
+import torch.nn.functional as F
+
+def flash_attn_func(q, k, v, causal, window_size):
+    {first}
+    T, group = q.size(1), q.size(2) // k.size(2)
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    mask = (back >= 0) & (back {less} window_size[0])
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return y.transpose(1, 2)
+"""
+
+
+@pytest.fixture
+def fake_kernel(tmp_path, monkeypatch):
+    """Put a kernel of our own where `kernels` looks first, and take the CPU for a CUDA device."""
+    import kernels.load
+
+    def install(first="pass", less="<="):
+        variant = tmp_path / "kernel" / "build" / "torch-cpu"
+        variant.mkdir(parents=True)
+        (variant / "__init__.py").write_text(FAKE_KERNEL.format(first=first, less=less))
+        metadata = {"name": "flash-attn3", "id": f"fake_{tmp_path.name}", "version": 1, "license": "MIT"}
+        metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
+        (variant / "metadata.json").write_text(json.dumps(metadata))
+
+    monkeypatch.setenv("LOCAL_KERNELS", f"{prepare.ATTENTION_KERNEL[0]}={tmp_path / 'kernel'}")
+    kernels.load._parse_local_kernel_overrides.cache_clear()
+    monkeypatch.setattr(train, "DEVICE", "cpu")
+    yield install
+    kernels.load._parse_local_kernel_overrides.cache_clear()
+
+
+def test_a_kernel_from_the_hub_is_loaded_by_name_and_version_and_used(fake_kernel):
+    fake_kernel()
+    attend = train.fa3_backend()
+    assert_same_attention(attend, random_qkv(4, 2, 37), 11, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "fault, reason",
+    [
+        (None, ""),
+        ({"first": "raise RuntimeError('no kernel image is available')"}, "no kernel image"),
+        ({"less": "<"}, "results differ"),
+        ({"first": "q = q * 1.2"}, "results differ"),
+    ],
+)
+def test_a_kernel_that_is_missing_or_wrong_is_replaced_with_one_line(
+    fake_kernel, monkeypatch, capsys, fault, reason
+):
+    if fault is not None:
+        fake_kernel(**fault)
+    backend = train.fa3_backend
+    monkeypatch.setattr(train, "DEVICE", "cuda")
+
+    def fa3_on_the_cpu():
+        monkeypatch.setattr(train, "DEVICE", "cpu")
+        return backend()
+
+    monkeypatch.setattr(train, "fa3_backend", fa3_on_the_cpu)
+    assert train.pick_attention({11, 64}, 64, compiled=True)[0] == "flex"
+    monkeypatch.setattr(train, "DEVICE", "cuda")
+    assert train.pick_attention({64}, 64, compiled=True) == ("sdpa", train.sdpa_attention)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("no FlashAttention-3" in line and reason in line for line in lines)
+
+
+# ---------------------------------------------------------------------------
+# Model
+
+
+def small_config(**changes):
+    return GPTConfig(
+        **{"sequence_len": 48, "vocab_size": 96, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+        | {"window_pattern": "SSL", "short_window": 7}
+        | changes
+    )
+
+
+@pytest.fixture
+def awake(monkeypatch):
+    """A float32 model none of whose parts is still zero."""
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
+    model = GPT(small_config())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def test_the_pattern_repeats_and_the_last_layer_sees_all():
+    assert small_config(n_layer=7).windows() == [7, 7, 48, 7, 7, 48, 48]
+    assert small_config(window_pattern="S").windows() == [7, 7, 7, 48]
+
+
+def test_forward_gives_logits_or_the_mean_loss(awake):
+    idx, targets = torch.randint(96, (2, 3, 48))
+    logits = awake(idx)
+    assert logits.shape == (3, 48, 96) and logits.abs().max() <= train.SOFTCAP
+    assert awake(idx, targets).item() == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    )
+
+
+def test_a_new_model_is_uniform_and_every_block_the_identity():
+    model = GPT(small_config())
+    idx, targets = torch.randint(96, (2, 3, 48))
+    assert model(idx, targets).item() == pytest.approx(math.log(96), abs=0.02)
+
+
+def test_every_backend_gives_the_same_model(awake):
+    idx, targets = torch.randint(96, (2, 3, 48))
+    other = GPT(small_config(), naive_attention)
+    other.load_state_dict(awake.state_dict())
+    losses = [model(idx, targets) for model in (awake, other)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
+    for (name, p), q in zip(awake.named_parameters(), other.parameters(), strict=True):
+        assert report(name, p.grad, q.grad) <= 1e-5 * max(1, q.grad.abs().max().item())
+
+
+def test_short_windows_bound_what_a_token_sees(monkeypatch):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
+    model = GPT(small_config(n_layer=2))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.blocks[1].attn.window = 7  # both layers short: 14 tokens back at most
+    idx = torch.randint(96, (1, 48))
+    changed = idx.clone()
+    changed[0, 10] = (idx[0, 10] + 1) % 96
+    differs = (model(idx) != model(changed)).any(-1)[0].nonzero().flatten().tolist()
+    assert differs[0] == 10 and differs[-1] == 10 + 14
+
+
+def test_rotary_makes_scores_depend_on_distance_alone():
+    model = GPT(small_config())
+    q, k = torch.randn(2, 1, 1, 1, 16)
+    cos, sin = model.cos.float(), model.sin.float()
+    rotated_q, rotated_k = (train.apply_rotary(x.expand(1, 48, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
+    scores = rotated_q @ rotated_k.T
+    tolerance = 0.1 if model.cos.dtype == torch.bfloat16 else 1e-4
+    for distance in (0, 1, 9):
+        diagonal = scores.diagonal(-distance)
+        assert report(f"distance {distance}", diagonal, diagonal[:1].expand_as(diagonal)) < tolerance
+
+
+def test_value_embeddings_reach_the_values_through_their_gate(awake):
+    idx = torch.randint(96, (1, 48))
+    assert set(awake.value_embeds) == {"1", "3"}
+    before = awake(idx)
+    with torch.no_grad():
+        awake.value_embeds["3"].weight.mul_(3)
+    assert not torch.allclose(before, awake(idx))
+
+
+def test_flops_count_products_and_what_attention_sees():
+    model = GPT(small_config(n_layer=1))
+    matrices = 64 * 64 * 2 + 64 * 32 * 2 + 2 * 64 * 256 + 2 * train.GATE_CHANNELS + 64 * 96
+    assert model.flops_per_token() == 6 * matrices + 12 * 64 * 48
+
+
+# ---------------------------------------------------------------------------
+# Optimizer
+
+
+def test_the_adamw_half_is_torch_adamw_over_many_steps():
+    shapes = [(8, 5), (7,), (3, 4, 2)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    group = {
+        "kind": "adamw",
+        "params": ours,
+        "lr": 0.05,
+        "weight_decay": 0.1,
+        "betas": (0.8, 0.95),
+        "eps": 1e-8,
+    }
+    optimizer = MuonAdamW([group], compiled=False)
+    reference = torch.optim.AdamW(theirs, lr=0.05, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(200):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q) * (1 + step % 5)
+            p.grad = q.grad.clone()
+        for o in (optimizer, reference):
+            o.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+            o.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert report("parameter", p, q) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64), (1, 48, 160), (1, 160, 48), (5, 64, 96), (5, 96, 64), (3, 4, 32)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_brings_singular_values_near_one(monkeypatch, shape, dtype):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", dtype)
+    matrices = torch.randn(shape)
+    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    result = train.orthogonalize(matrices).float()
+    assert result.shape == shape
+    values = torch.linalg.svdvals(result)
+    print(f"singular values {values.min():.3f} to {values.max():.3f}")
+    assert values.min() > 0.7 and values.max() < 1.3
+    alignment = (result * (u @ vt)).sum((-2, -1)) / (result.norm(dim=(-2, -1)) * (u @ vt).norm(dim=(-2, -1)))
+    assert alignment.min() > 0.98
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (128, 32)])
+def test_a_muon_step_is_orthogonal_with_even_neurons_and_keeps_its_size(monkeypatch, shape):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
+    params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(3)]
+    group = {"kind": "muon", "params": params, "lr": 1.0, "weight_decay": 0.5}
+    optimizer = MuonAdamW([group], compiled=False)
+    for p in params:
+        p.grad = torch.randn(shape)
+    gradients = torch.stack([p.grad for p in params])
+    optimizer.step()
+    m, n = shape
+    for p, g in zip(params, gradients, strict=True):
+        update = -p.detach() / max(1, m / n) ** 0.5
+        assert (update * g).sum() > 0
+        assert update.norm().item() == pytest.approx(math.sqrt(min(m, n)), rel=0.1)
+        rms = update.square().mean(-1 if m >= n else -2).sqrt()
+        assert rms.max() / rms.min() < 1.01
+        values = torch.linalg.svdvals(update)
+        assert values.min() > 0.6 and values.max() < 1.5
+
+
+def test_weight_decay_is_cautious():
+    weight = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    decayed = []
+    for decay in (0.0, 0.5):
+        p = torch.nn.Parameter(weight.clone())
+        p.grad = torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
+        MuonAdamW([{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": decay}], compiled=False).step()
+        decayed.append(p.detach())
+    plain, cautious = decayed
+    step = weight - plain
+    expected = plain - 0.1 * 0.5 * weight * (step * weight >= 0)
+    assert torch.allclose(cautious, expected, atol=1e-6)
+
+
+def test_changing_rates_decay_and_momentum_does_not_recompile():
+    matrices = [torch.nn.Parameter(torch.randn(8, 16)) for _ in range(2)]
+    vector = torch.nn.Parameter(torch.randn(8))
+    groups = [
+        {"kind": "muon", "params": matrices, "lr": 0.1, "weight_decay": 0.1},
+        {"kind": "adamw", "params": [vector], "lr": 0.1, "weight_decay": 0.1},
+    ]
+    eager = [torch.nn.Parameter(p.detach().clone()) for p in (*matrices, vector)]
+    reference = MuonAdamW(
+        [groups[0] | {"params": eager[:2]}, groups[1] | {"params": eager[2:]}], compiled=False
+    )
+    optimizer = MuonAdamW(groups)
+    torch._dynamo.reset()
+    for step in range(5):
+        for p, q in zip((*matrices, vector), eager, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for o in (optimizer, reference):
+            for group in o.param_groups:
+                group.update(lr=0.1 / (step + 1), weight_decay=0.1 * step, momentum=0.8 + 0.02 * step)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            optimizer.step()
+        reference.step()
+    for p, q in zip((*matrices, vector), eager, strict=True):
+        assert report("parameter", p, q) < 0.02
+
+
+def test_the_schedule_ends_where_it_should():
+    model = GPT(small_config())
+    optimizer = MuonAdamW(model.param_groups(), compiled=False)
+    initial = [group["lr"] for group in optimizer.param_groups]
+    assert train.schedule(optimizer, 0, 0.0) == (0.0 if train.WARMUP_RATIO else 1.0)
+    assert train.schedule(optimizer, 10**6, 1.0) == pytest.approx(train.FINAL_LR_FRAC)
+    muon = [group for group in optimizer.param_groups if group["kind"] == "muon"]
+    assert all(group["momentum"] == train.MOMENTUM and group["weight_decay"] == 0 for group in muon)
+    train.schedule(optimizer, 0, train.WARMUP_RATIO)
+    assert [group["lr"] for group in optimizer.param_groups] == initial
+
+
+def test_every_parameter_has_one_group():
+    model = GPT(small_config())
+    grouped = [id(p) for group in model.param_groups() for p in group["params"]]
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+
+
+# ---------------------------------------------------------------------------
+# Rehearsal
+
+
+@pytest.fixture
+def stage(tiny, monkeypatch):
+    """An eager small model, its optimizer and tokenizer at the tiny scale."""
+    for name, value in {
+        "MAX_SEQ_LEN": 32,
+        "DEVICE": "cpu",
+        "DEVICE_BATCH_SIZE": 8,
+        "TOTAL_BATCH_SIZE": 512,
+    }.items():
+        monkeypatch.setattr(train, name, value)
+    tokenizer = prepare.Tokenizer.from_directory()
+    model = GPT(small_config(sequence_len=32, vocab_size=tokenizer.get_vocab_size()))
+    return model, MuonAdamW(model.param_groups(), compiled=False), tokenizer
+
+
+def test_a_rehearsal_leaves_no_trace(stage):
+    model, optimizer, tokenizer = stage
+    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    assert train.fit_batch(model, optimizer, tokenizer) == 8
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(tensor, before[name])
+    assert not optimizer.state and all(p.grad is None for p in model.parameters()) and model.training
+    torch.manual_seed(train.SEED)
+    expected = torch.rand(3)
+    train.rehearse(model, optimizer, tokenizer, 8)
+    assert torch.equal(torch.rand(3), expected)
+    assert prepare.clock.start is None
+
+
+def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
+    model, optimizer, tokenizer = stage
+    model.blocks[2].attn.attend = lambda q, k, v, window: (
+        v.mean(1, keepdim=True).repeat(1, 1, 2, 1).expand_as(q)
+    )
+    with pytest.raises(SystemExit, match="depend on later tokens"):
+        train.fit_batch(model, optimizer, tokenizer)
+    assert prepare.clock.start is None
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), None]
+)
+def test_memory_that_runs_out_halves_the_device_batch_and_says_so(stage, monkeypatch, capsys, error):
+    model, optimizer, tokenizer = stage
+    forward = model.forward
+
+    def limited(idx, targets=None):
+        if len(idx) > 2:
+            if error is None:
+                torch.empty(2**60)  # the CPU allocator's own error
+            raise error
+        return forward(idx, targets)
+
+    monkeypatch.setattr(model, "forward", limited)
+    before = [p.clone() for p in model.parameters()]
+    assert train.fit_batch(model, optimizer, tokenizer) == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "out of memory: device batch halved to 4 rows",
+        "out of memory: device batch halved to 2 rows",
+    ]
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(stage, monkeypatch):
+    model, optimizer, tokenizer = stage
+    monkeypatch.setattr(model, "forward", lambda *args: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        train.fit_batch(model, optimizer, tokenizer)
+
+
+def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
+    monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 500)
+    with pytest.raises(SystemExit, match="TOTAL_BATCH_SIZE 500 is no multiple"):
+        train.grad_accum_steps(8)
+
+
+# ---------------------------------------------------------------------------
+# The script from end to end, in a folder of its own, with a model of a moment
+
+SMALL = {"DEPTH": 2, "N_EMBD": 64, "HEAD_DIM": 16, "N_KV_HEAD": 2, "WINDOW_PATTERN": "'SL'"}
+SMALL |= {"TOTAL_BATCH_SIZE": "2**12", "DEVICE_BATCH_SIZE": 8}
+SUMMARY = [
+    "val_bpb",
+    "training_seconds",
+    "total_seconds",
+    "peak_vram_mb",
+    "mfu_percent",
+    "total_tokens_M",
+    "num_steps",
+    "num_params_M",
+    "depth",
+    "startup_seconds",
+    "eval_seconds",
+    "seed",
+    "device",
+    "attention",
+    "source",
+    "epochs",
+    "harness",
+]
+
+
+class Script:
+    """A copy of train.py with constants and lines changed, run by `start` or `run`."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("prepare.py", "train.py"):
+            shutil.copy(ROOT / name, folder)
+        for name, value in SMALL.items():
+            self.edit(rf"^{name} = [^#\n]*", f"{name} = {value}  ")
+
+    def edit(self, pattern, replacement):
+        path = self.folder / "train.py"
+        text, count = re.subn(pattern, lambda _: replacement, path.read_text(), flags=re.MULTILINE)
+        assert count == 1, f"{pattern} matches {count} times"
+        path.write_text(text)
+
+    def start(self, **env):
+        env = {**os.environ, "AUTORESEARCH_BUDGET": "2", "CUDA_VISIBLE_DEVICES": "", **env}
+        command = [sys.executable, "train.py"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, env=env, **pipes)
+
+    def run(self, **env):
+        process = self.start(**env)
+        out, err = process.communicate()
+        return process.returncode, out, err
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+EAGER = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+
+
+def summary(out):
+    lines = out[out.rindex("---\n") :].splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == SUMMARY
+    return {key: value.strip() for key, value in (line.split(":", 1) for line in lines)}
+
+
+def test_a_run_ends_with_the_summary(script, tmp_path):
+    save = tmp_path / "model.pt"
+    code, out, err = script.run(SEED="7", AUTORESEARCH_SAVE=str(save))
+    assert code == 0, out + err
+    values = summary(out)
+    steps = re.findall(r"^step (\d+) +\| +([\d.]+)% \| loss ([\d.]+)", out, re.MULTILINE)
+    assert len(steps) >= 5 and "\r" not in out
+    assert float(steps[-1][2]) < float(steps[0][2]) == pytest.approx(math.log(2048), abs=0.1)
+    training, n_steps = float(values["training_seconds"]), int(values["num_steps"])
+    assert 2 <= training <= 2 + 2 * training / n_steps + 0.1
+    assert float(values["total_tokens_M"]) == pytest.approx(n_steps * 2**12 / 1e6, abs=0.06)
+    assert 1 < float(values["val_bpb"]) < 4
+    assert float(values["total_seconds"]) > sum(float(values[k]) for k in ("startup_seconds", "eval_seconds"))
+    assert (values["seed"], values["attention"], values["source"]) == ("7", "sdpa", "corpus")
+    assert values["mfu_percent"] == "n/a" and float(values["peak_vram_mb"]) > 100
+    assert re.fullmatch("[0-9a-f]{12}", values["harness"])
+    assert "running eagerly" not in out
+    saved = torch.load(save)
+    assert saved["config"]["n_layer"] == 2 and saved["model"]["wte.weight"].shape == (2048, 64)
+
+
+def test_without_a_compiler_it_runs_eagerly_and_says_so(script):
+    code, out, err = script.run(**EAGER)
+    assert code == 0, out + err
+    assert len([line for line in out.splitlines() if "running eagerly" in line]) == 1
+    assert float(summary(out)["val_bpb"]) > 1
+
+
+def test_a_loss_that_is_no_number_fails_with_the_reason(script):
+    script.edit(r"^    optimizer.step\(\)$", "    optimizer.step(); total = total * float('nan')")
+    code, out, err = script.run(**EAGER)
+    assert code == 1 and "FAIL: the loss is nan at step" in out and "Traceback" not in err
+
+
+def test_drawing_batches_long_after_the_budget_is_refused(script):
+    script.edit(r"^    while clock.progress\(\) < 1:$", "    while clock.elapsed() < 8:")
+    code, out, err = script.run(**EAGER)
+    assert code == 1 and "into a budget of 2 s" in err and "val_bpb" not in out
+
+
+def test_before_prepare_it_says_what_to_run(script, tmp_path):
+    code, out, err = script.run(AUTORESEARCH_CACHE=str(tmp_path / "empty"))
+    assert code == 1 and err.count("\n") == 1 and "uv run prepare.py" in err and not out
+
+
+def test_another_prepare_py_than_the_one_that_prepared_is_refused(script):
+    with (script.folder / "prepare.py").open("a") as file:
+        file.write("# edited\n")
+    code, out, err = script.run()
+    assert code == 1 and err.count("\n") == 1 and "another version of prepare.py" in err
+
+
+def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(script, tmp_path):
+    code, out, err = script.run(AUTORESEARCH_SAVE=str(tmp_path / "no" / "model.pt"))
+    assert code == 1 and err.startswith("error: AUTORESEARCH_SAVE=") and not out
+
+
+def test_ctrl_c_ends_training_at_once_with_130(script):
+    process = script.start(AUTORESEARCH_BUDGET="60", **EAGER)
+    while not process.stdout.readline().startswith("step 0"):
+        assert process.poll() is None
+    start = time.time()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in err and time.time() - start < 5
+
+
+def test_importing_train_runs_nothing(tmp_path):
+    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", "import train; print(train.GPT.__name__)"]
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "GPT\n"), result.stderr
