@@ -131,7 +131,7 @@ def fake_kernel(tmp_path, monkeypatch):
     import kernels.load
 
     def install(first="pass", less="<="):
-        variant = tmp_path / "kernel" / "build" / "torch-cpu"
+        variant = tmp_path / "kernel" / "build" / "torch-universal"
         variant.mkdir(parents=True)
         (variant / "__init__.py").write_text(FAKE_KERNEL.format(first=first, less=less))
         metadata = {"name": "flash-attn3", "id": f"fake_{tmp_path.name}", "version": 1, "license": "MIT"}
@@ -310,8 +310,8 @@ def test_the_adamw_half_is_torch_adamw_over_many_steps():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_orthogonalize_brings_singular_values_near_one(monkeypatch, shape, dtype):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", dtype)
-    matrices = torch.randn(shape)
-    u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
+    u, values, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrices = 50 * u * torch.linspace(1, 0.01, values.size(-1)) @ vt
     result = train.orthogonalize(matrices).float()
     assert result.shape == shape
     values = torch.linalg.svdvals(result)
@@ -327,9 +327,10 @@ def test_a_muon_step_is_orthogonal_with_even_neurons_and_keeps_its_size(monkeypa
     params = [torch.nn.Parameter(torch.zeros(shape)) for _ in range(3)]
     group = {"kind": "muon", "params": params, "lr": 1.0, "weight_decay": 0.5}
     optimizer = MuonAdamW([group], compiled=False)
-    for p in params:
-        p.grad = torch.randn(shape)
-    gradients = torch.stack([p.grad for p in params])
+    u, _, vt = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    gradients = u * torch.linspace(1, 0.1, min(shape)) @ vt
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = g.clone()
     optimizer.step()
     m, n = shape
     for p, g in zip(params, gradients, strict=True):
@@ -356,7 +357,8 @@ def test_weight_decay_is_cautious():
     assert torch.allclose(cautious, expected, atol=1e-6)
 
 
-def test_changing_rates_decay_and_momentum_does_not_recompile():
+def test_changing_rates_decay_and_momentum_does_not_recompile(monkeypatch):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
     matrices = [torch.nn.Parameter(torch.randn(8, 16)) for _ in range(2)]
     vector = torch.nn.Parameter(torch.randn(8))
     groups = [
@@ -380,7 +382,7 @@ def test_changing_rates_decay_and_momentum_does_not_recompile():
             optimizer.step()
         reference.step()
     for p, q in zip((*matrices, vector), eager, strict=True):
-        assert report("parameter", p, q) < 0.02
+        assert report("parameter", p, q) < 1e-4
 
 
 def test_the_schedule_ends_where_it_should():
@@ -436,9 +438,7 @@ def test_a_rehearsal_leaves_no_trace(stage):
 
 def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
     model, optimizer, tokenizer = stage
-    model.blocks[2].attn.attend = lambda q, k, v, window: (
-        v.mean(1, keepdim=True).repeat(1, 1, 2, 1).expand_as(q)
-    )
+    model.blocks[2].attn.attend = lambda q, k, v, w: train.sdpa_attention(q.flip(1), k, v, w)
     with pytest.raises(SystemExit, match="depend on later tokens"):
         train.fit_batch(model, optimizer, tokenizer)
     assert prepare.clock.start is None
@@ -584,7 +584,7 @@ def test_a_loss_that_is_no_number_fails_with_the_reason(script):
 
 
 def test_drawing_batches_long_after_the_budget_is_refused(script):
-    script.edit(r"^    while clock.progress\(\) < 1:$", "    while clock.elapsed() < 8:")
+    script.edit(r"^    training_seconds = .*$", "    clock.start -= 10; next(batches); training_seconds = 2")
     code, out, err = script.run(**EAGER)
     assert code == 1 and "into a budget of 2 s" in err and "val_bpb" not in out
 
