@@ -7,16 +7,19 @@ A small GPT and its optimizer, trained for five minutes on one device. OPEN: thi
 Data, clock and metric come from prepare.py, which is locked.
 """
 
+import os
+import signal
 import time
 
 STARTED = time.time()
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import gc
 import itertools
 import math
-import os
 import platform
-import signal
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare.py has fetched all there is to fetch
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # else every run tests the compiler for seconds
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # fewer tests of the compiler in every run
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from prepare import (
     ATTENTION_KERNEL,
     DEVICE,
+    KERNEL_PATH,
     MAX_SEQ_LEN,
     SCALE,
     Tokenizer,
@@ -41,6 +45,7 @@ from prepare import (
     clock,
     evaluate_bpb,
     first_line,
+    from_environment,
     harness_digest,
     make_dataloader,
     prepared,
@@ -52,14 +57,14 @@ from prepare import (
 
 
 def by_scale(full, small):
-    """The first value on a CUDA GPU, the second on a CPU or Apple silicon."""
+    """The first value at scale `full`, the second at `small`."""
     return full if SCALE == "full" else small
 
 
 # model
 DEPTH = by_scale(9, 4)
 N_EMBD = by_scale(512, 256)
-HEAD_DIM = by_scale(128, 128)
+HEAD_DIM = 128
 N_KV_HEAD = N_EMBD // HEAD_DIM  # fewer than the N_EMBD / HEAD_DIM query heads: grouped-query attention
 WINDOW_PATTERN = by_scale("SSSSL", "L")  # repeated over the layers: S sees SHORT_WINDOW tokens back, L all
 SHORT_WINDOW = by_scale(256, 64)
@@ -76,10 +81,10 @@ DEVICE_BATCH_SIZE = by_scale(64, 32)  # rows per forward pass; halves itself whe
 # optimizer; Adam's rates are for a width of 768 and grow as (N_EMBD / 768) ** -0.5
 EMBEDDING_LR = by_scale(0.9, 0.6)
 UNEMBEDDING_LR = by_scale(0.005, 0.004)
-MATRIX_LR = by_scale(0.04, 0.04)
-SCALAR_LR = by_scale(0.5, 0.5)
+MATRIX_LR = 0.04
+SCALAR_LR = 0.5
 ADAM_BETAS = (0.8, 0.95)
-WEIGHT_DECAY = by_scale(0.2, 0.2)  # of Muon's matrices, down to zero over the run
+WEIGHT_DECAY = 0.2  # of Muon's matrices, down to zero over the run
 HEAD_WEIGHT_DECAY = by_scale(0.01, 0.0)
 EMBEDDING_WEIGHT_DECAY = by_scale(0.001, 0.0)
 VALUE_EMBEDDING_WEIGHT_DECAY = by_scale(0.003, 0.0)
@@ -90,18 +95,19 @@ WARMUP_RATIO = 0.0
 WARMDOWN_RATIO = by_scale(0.75, 0.5)
 FINAL_LR_FRAC = by_scale(0.05, 0.0)
 
-SEED = int(os.environ.get("SEED", 1))
+SEED = from_environment("SEED", 1, int, 0, 2**31)
 SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for weights and configuration
 LOG_EVERY = 0.02  # of the budget
 CHECK_EVERY = 10  # steps between two looks at the loss
 SAMPLE_TOKENS = 64
 
 CPU = torch.cpu.get_capabilities() if DEVICE == "cpu" else {}
-FAST_BF16 = {
-    "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
-    "mps": lambda: True,
-    "cpu": lambda: any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")),
-}[DEVICE]()
+if DEVICE == "cuda":
+    FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
+elif DEVICE == "mps":
+    FAST_BF16 = torch.backends.mps.is_macos_or_newer(14, 0)
+else:
+    FAST_BF16 = any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 COMPUTE_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32  # of activations; parameters are float32
 
 # ---------------------------------------------------------------------------
@@ -148,35 +154,51 @@ def flex_backend(windows: set[int], T: int) -> Attend:
 
 
 def fa3_backend() -> Attend:
-    """FlashAttention-3 from the hub's cache. Raises what goes wrong in a first forward and backward pass."""
+    """FlashAttention-3, as prepare.py has fetched it."""
     from kernels import get_kernel
 
-    flash = get_kernel(ATTENTION_KERNEL[0], version=ATTENTION_KERNEL[1])
+    repo, version = ATTENTION_KERNEL
+    if KERNEL_PATH.exists():  # the path that prepare.py has noted
+        os.environ.setdefault("LOCAL_KERNELS", f"{repo}={KERNEL_PATH.read_text()}")
+    flash = get_kernel(repo, version=version)
     flash = getattr(flash, "flash_attn_interface", flash)
 
     def attend(q, k, v, window):
         return flash.flash_attn_func(q, k, v, causal=True, window_size=(window, 0))
 
-    q = torch.randn(2, 192, 4, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    k, v = torch.randn(2, 2, 192, 2, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
-    for window in (60, 192):
-        ours, theirs = (f(q, k, v, window).float() for f in (attend, sdpa_attention))
-        gradients = [torch.autograd.grad(y.square().sum(), q)[0].float() for y in (ours, theirs)]
-        for a, b in ((ours, theirs), gradients):
-            if not (a - b).norm() < 0.02 * b.norm():
-                raise RuntimeError("its results differ from scaled_dot_product_attention")
     return attend
 
 
+def probe_attention(attend: Attend, windows: set[int], T: int, compiled: bool) -> None:
+    """Raise whatever goes wrong in a forward and a backward pass, wrong results included."""
+    attend = torch.compile(attend, dynamic=False) if compiled else attend
+    for window in windows:
+        heads = (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)
+        qkv = [torch.randn(1, T, n, HEAD_DIM, device=DEVICE, dtype=COMPUTE_DTYPE) for n in heads]
+        results = []
+        for function in (attend, sdpa_attention):
+            leaves = [x.clone().requires_grad_() for x in qkv]
+            y = function(*leaves, window)
+            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        for ours, theirs in zip(*results, strict=True):
+            if not (ours - theirs).float().norm() < 0.02 * theirs.float().norm():
+                raise RuntimeError("its results differ from scaled_dot_product_attention")
+
+
 def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Attend]:
-    """The fastest backend that works here and its name; on CUDA, says in one line why it is not FA3."""
-    if DEVICE == "cuda":
+    """The fastest backend that works here, and its name; on CUDA it says in a line why another does not."""
+    backends = {}
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] in (8, 9):
+        backends["fa3"] = fa3_backend
+    if DEVICE == "cuda" and compiled and min(windows) < T - 1:
+        backends["flex"] = lambda: flex_backend(windows, T)
+    for name, backend in backends.items():
         try:
-            return "fa3", fa3_backend()
+            attend = backend()
+            probe_attention(attend, windows, T, compiled)
+            return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch: the cure is the same
-            print(f"attention: no FlashAttention-3 ({first_line(error)}); using PyTorch's own", flush=True)
-        if compiled and min(windows) < T - 1:
-            return "flex", flex_backend(windows, T)
+            print(f"attention: {name} cannot be used here ({first_line(error)})", flush=True)
     return "sdpa", sdpa_attention
 
 
@@ -359,7 +381,7 @@ class GPT(nn.Module):
 # ---------------------------------------------------------------------------
 # Optimizer
 
-# Polar Express (arXiv 2505.16932): the best five cubic-quintic steps towards the nearest orthogonal matrix
+# Polar Express (arXiv 2505.16932): the best five odd quintic steps towards the nearest orthogonal matrix
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -473,14 +495,15 @@ def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
 # Training
 
 # dense bf16 FLOP/s by part of the GPU's name, from NVIDIA's data sheets
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GB200": 2500e12}
+PEAK_FLOPS |= {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 PEAK_FLOPS |= {"L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
 
 
 def device_name() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    return f"{CPU.get('cpu_name') or platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{CPU.get('cpu_name') or platform.machine()} {DEVICE}, {torch.get_num_threads()} threads"
 
 
 def synchronize() -> None:
@@ -492,8 +515,10 @@ def peak_memory_mb() -> float:
     """Peak of the GPU's memory; without CUDA, of the process's."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -557,9 +582,10 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
             rehearse(model, optimizer, tokenizer, B)
             return B
         except RuntimeError as error:
-            if B == 1 or not ("out of memory" in str(error) or "can't allocate memory" in str(error)):
+            if B == 1 or not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
                 raise
         B //= 2  # out of the handler, so that what the failed attempt held can be freed
+        torch._dynamo.reset()
         gc.collect()
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -578,9 +604,8 @@ def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
 
 def main() -> None:
     """Train, evaluate and print the summary."""
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-    if SAVE and not Path(SAVE).absolute().parent.is_dir():
-        stop(f"AUTORESEARCH_SAVE={SAVE} lies in no folder that exists; make the folder first")
+    if SAVE and (Path(SAVE).is_dir() or not Path(SAVE).absolute().parent.is_dir()):
+        stop(f"AUTORESEARCH_SAVE={SAVE} is no file in a folder that exists; make the folder, name a file")
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     tokenizer = Tokenizer.from_directory()
@@ -626,7 +651,7 @@ def main() -> None:
             tokens, seconds = step * TOTAL_BATCH_SIZE, clock.elapsed()
             print(
                 f"step {step:05d} | {100 * clock.progress():5.1f}% | loss {mean_loss:.4f} | lr x{factor:.2f} "
-                f"| {tokens / seconds / 1e3:,.0f}k tok/s | mfu {mfu(tokens, seconds)}% | epoch {epoch}",
+                f"| {tokens / seconds / 1e3:,.0f}k tok/s | mfu {mfu(tokens, seconds)} | epoch {epoch}",
                 flush=True,
             )
         if clock.progress() > 0.98:
@@ -637,9 +662,6 @@ def main() -> None:
     evaluated = time.time()
     val_bpb = evaluate_bpb(model, tokenizer, B)
     eval_seconds = time.time() - evaluated
-    if SAVE:
-        torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
-        os.replace(SAVE + ".part", SAVE)
     try:
         print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that scores well but cannot take a short text keeps its score
@@ -661,7 +683,13 @@ def main() -> None:
     print(f"attention:        {attention}")
     print(f"source:           {prepared()[1]['source']}")
     print(f"epochs:           {epoch}")
-    print(f"harness:          {harness_digest(tokenizer)}")
+    print(f"harness:          {harness_digest(tokenizer)}", flush=True)
+    if SAVE:
+        try:
+            torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
+            os.replace(SAVE + ".part", SAVE)
+        except (OSError, RuntimeError) as error:
+            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({first_line(error)})")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A cache of its own and a small real corpus for all tests, made before prepare.py is imported."""
 
 import atexit
+import faulthandler
 import json
 import os
 import shutil
@@ -30,6 +31,13 @@ command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "
 subprocess.run(command, check=True, capture_output=True)
 
 import prepare  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_watchdog():
+    """What the loader and the harness arm in this process must not end the tests."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture

@@ -182,9 +182,9 @@ def test_the_split_depends_on_the_texts_alone(tmp_path, cache):
         (two / f"{i:03d}.txt").write_text(text)
     found = []
     for folder in (one, two):
-        source = prepare.find_source(str(folder), 1)
-        train, val = prepare.split_by_hash(source.files)
-        documents = list(prepare.documents(source.files))
+        _, files, _ = prepare.find_source(str(folder), 1)
+        train, val = prepare.split_by_hash(files)
+        documents = list(prepare.documents(files))
         found.append(([documents[i] for i in val], {d for d, t in zip(documents, train, strict=True) if t}))
         assert train.sum() + len(val) == 300
     assert found[0] == found[1]
@@ -200,7 +200,7 @@ def test_documents_of_every_format(tmp_path):
     (tmp_path / "c.txt").write_bytes("\ufeffwith a byte order mark".encode())
     (tmp_path / "d.md").write_text("# short\n\nstays whole\n")
     (tmp_path / "e.csv").write_text("not read")
-    assert list(prepare.documents(prepare.find_source(str(tmp_path), 1).files)) == [
+    assert list(prepare.documents(prepare.find_source(str(tmp_path), 1)[1])) == [
         "from parquet",
         "lone \ufffd surrogate",
         "😀",
@@ -546,7 +546,7 @@ def test_the_default_follows_the_scale(hub):
 
 
 def test_the_python_source_is_the_standard_library_and_the_packages():
-    files = prepare.find_source("python", 1).files
+    files = prepare.find_source("python", 1)[1]
     assert len(files) == len(set(files)) > 2000
     assert {"argparse.py", "numpy", "torch"} <= {part for path in files for part in path.parts}
     assert not [path for path in files if ROOT in path.parents and ".venv" not in path.parts]
@@ -556,10 +556,16 @@ def test_the_python_source_is_the_standard_library_and_the_packages():
 # Command line, device, budget
 
 
-@pytest.mark.parametrize("value", ["abc", "-1", "0", "301", "nan"])
-def test_a_bad_budget_is_one_sentence(value):
-    result = run("prepare.py", AUTORESEARCH_BUDGET=value)
-    assert result.returncode == 1 and result.stderr.startswith(f"error: AUTORESEARCH_BUDGET={value}")
+@pytest.mark.parametrize("value", ["abc", "-1", "0", "301", "nan", "1e9", "2.5"])
+def test_a_bad_number_in_the_environment_is_one_sentence(monkeypatch, value):
+    monkeypatch.setenv("SOME_NUMBER", value)
+    with pytest.raises(SystemExit, match=f"error: SOME_NUMBER={value} is not a number from 1 to 300; .*, 7$"):
+        prepare.from_environment("SOME_NUMBER", 7, int, 1, 300)
+
+
+def test_a_bad_budget_ends_the_script():
+    result = run("prepare.py", AUTORESEARCH_BUDGET="5 minutes")
+    assert result.returncode == 1 and result.stderr.startswith("error: AUTORESEARCH_BUDGET=5 minutes")
     assert result.stderr.count("\n") == 1
 
 
@@ -674,7 +680,7 @@ def test_the_watchdog_ends_a_run_that_hangs_and_shows_where():
         "next(loader); stuck()\n"
     )
     start = time.time()
-    result = run("-c", code, AUTORESEARCH_BUDGET="0.5", CUDA_VISIBLE_DEVICES="")
+    result = run("-c", code, AUTORESEARCH_BUDGET="1", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == 1 and "in stuck" in result.stderr and time.time() - start < 40
 
 
@@ -779,11 +785,30 @@ def test_the_early_check_sees_through_a_projection_that_is_still_zero(tiny, name
 def test_a_memory_that_wakes_up_after_the_probes_is_refused(tiny):
     def sharpen_late(model, z, x):
         model.seen.append(x)
-        return z * (1.1 if len(model.seen) > probes + 3 else 1)
+        return z * (1.1 if len(model.seen) > probes + 2 else 1)
 
     probes = 3 + len(list(prepare.keep_masks(8, 32))) + 1
     with pytest.raises(SystemExit, match="scores differently"):
         evaluate_bpb(Cheat(sharpen_late), Tokenizer.from_directory(), 8)
+
+
+def test_a_memory_that_only_new_rows_enter_is_refused(tiny):
+    def note_new_rows(model, z, x):
+        new = [row for row in x.tolist() if row not in model.seen]
+        model.seen.extend(new)
+        return z if new else z * 1.1
+
+    with pytest.raises(SystemExit):
+        evaluate_bpb(Cheat(note_new_rows), Tokenizer.from_directory(), 8)
+
+
+def test_another_tokenizer_is_refused(tiny):
+    other = Tokenizer.train(TEXTS[:20], 512)
+    for use in (check_model, evaluate_bpb):
+        with pytest.raises(SystemExit, match="not the one that made the rows"):
+            use(Toy(), other, 8)
+    with pytest.raises(SystemExit, match="not the one that made the rows"):
+        make_dataloader(other, 8, 32, "train")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 64])

@@ -145,10 +145,48 @@ def fake_kernel(tmp_path, monkeypatch):
     kernels.load._parse_local_kernel_overrides.cache_clear()
 
 
-def test_a_kernel_from_the_hub_is_loaded_by_name_and_version_and_used(fake_kernel):
+@pytest.fixture
+def hopper(monkeypatch):
+    """Let pick_attention take this machine for a Hopper GPU, and its backends for the CPU that it is."""
+    backend = train.fa3_backend
+
+    def on_the_cpu():
+        monkeypatch.setattr(train, "DEVICE", "cpu")
+        return backend()
+
+    monkeypatch.setattr(train, "fa3_backend", on_the_cpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(train, "DEVICE", "cuda")
+
+
+def test_a_kernel_from_the_hub_is_loaded_by_name_and_version_and_used(fake_kernel, hopper):
     fake_kernel()
-    attend = train.fa3_backend()
+    name, attend = train.pick_attention({11, 64}, 64, compiled=False)
+    assert name == "fa3"
     assert_same_attention(attend, random_qkv(4, 2, 37), 11, 1e-5)
+
+
+def test_training_loads_the_kernel_that_prepare_has_fetched(fake_kernel, hopper, monkeypatch, cache, capsys):
+    fake_kernel()
+    folder = os.environ["LOCAL_KERNELS"].partition("=")[2]
+    monkeypatch.delenv("LOCAL_KERNELS")
+    cache.mkdir()
+    for module in (prepare, train):
+        monkeypatch.setattr(module, "KERNEL_PATH", cache / "attention_kernel")
+    monkeypatch.setattr("kernels.install_kernel", lambda repo, version: f"{folder}/build/torch-universal")
+    prepare.fetch_attention_kernel()
+    assert train.pick_attention({64}, 64, compiled=False)[0] == "fa3", capsys.readouterr().out
+    os.environ.pop("LOCAL_KERNELS")
+
+
+def test_a_kernel_that_cannot_be_fetched_is_told_in_one_line(hopper, monkeypatch, cache, capsys):
+    def unreachable(repo, version):
+        raise ValueError("could not verify the publisher\nand a long story")
+
+    monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
+    monkeypatch.setattr("kernels.install_kernel", unreachable)
+    prepare.fetch_attention_kernel()
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -160,24 +198,19 @@ def test_a_kernel_from_the_hub_is_loaded_by_name_and_version_and_used(fake_kerne
         ({"first": "q = q * 1.2"}, "results differ"),
     ],
 )
-def test_a_kernel_that_is_missing_or_wrong_is_replaced_with_one_line(
-    fake_kernel, monkeypatch, capsys, fault, reason
-):
+def test_a_missing_or_wrong_kernel_gives_way_with_one_line(fake_kernel, hopper, capsys, fault, reason):
     if fault is not None:
         fake_kernel(**fault)
-    backend = train.fa3_backend
-    monkeypatch.setattr(train, "DEVICE", "cuda")
+    assert train.pick_attention({11, 64}, 64, compiled=False) == ("sdpa", train.sdpa_attention)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.startswith("attention: fa3 cannot be used here") and reason in out
 
-    def fa3_on_the_cpu():
-        monkeypatch.setattr(train, "DEVICE", "cpu")
-        return backend()
 
-    monkeypatch.setattr(train, "fa3_backend", fa3_on_the_cpu)
+def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
+    monkeypatch.setattr(train, "probe_attention", lambda *args: None)
     assert train.pick_attention({11, 64}, 64, compiled=True)[0] == "flex"
     monkeypatch.setattr(train, "DEVICE", "cuda")
-    assert train.pick_attention({64}, 64, compiled=True) == ("sdpa", train.sdpa_attention)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all("no FlashAttention-3" in line and reason in line for line in lines)
+    assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
 
 
 # ---------------------------------------------------------------------------
