@@ -145,11 +145,12 @@ def prepared() -> tuple[Path, dict]:
 # Download
 
 HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+if not HUB.startswith(("http://", "https://")):
+    stop(f"HF_ENDPOINT={HUB} is no web address; begin it with https://")
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
-# A shard has about 250 MB of text, some 60M tokens at vocab 8192: 16 of them cover a fast H100 run of 900M.
-NUM_SHARDS = 16
+NUM_SHARDS = 16  # 400B tokens in 6,543 shards are 61M each: enough for the 900M of a fast H100 run
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
@@ -252,7 +253,6 @@ SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines into documents of 2,000 or more
 CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)
 VAL_FRACTION = 0.05  # of the documents, by lowest hash of their text
-
 
 # name, files in reading order, and files to validate on; None takes the validation split out of the former
 Source = tuple[str, list[Path], list[Path] | None]

@@ -26,9 +26,12 @@ with (CORPUS / "stdlib.jsonl").open("w") as lines:
     lines.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
 
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
-os.environ.pop("AUTORESEARCH_BUDGET", None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
+for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED"):
+    os.environ.pop(name, None)
+ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # of processes that tests start: they never look for a GPU
 command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
-subprocess.run(command, check=True, capture_output=True)
+subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 
 import prepare  # noqa: E402
 
@@ -64,6 +67,7 @@ def tiny(tiny_cache, cache, monkeypatch):
     monkeypatch.setitem(prepare.SCALES, "tiny", prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40))
     monkeypatch.setattr(prepare, "DEVICE", "cpu")
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 32)
+    monkeypatch.setattr(prepare, "SLICE", 3 * 32 * 512)  # several slices a batch, as at full scale
     monkeypatch.setattr(prepare, "PREPARATION", prepare.current_preparation())
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
     return prepare.PREPARATION[0]

@@ -1,5 +1,6 @@
 """Claims about train.py: attention, model, optimizer, rehearsal, and the script from end to end."""
 
+import itertools
 import json
 import math
 import os
@@ -9,11 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ENV, ROOT
 
 import prepare
 import train
@@ -22,9 +24,14 @@ from train import GPT, GPTConfig, MuonAdamW
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
+compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+COMPILES = pytest.mark.skipif(not shutil.which(compiler), reason="needs a C++ compiler")
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def fresh():
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 def report(name, a, b):
@@ -76,13 +83,18 @@ def test_sdpa_is_a_masked_softmax_over_window_plus_one_keys(n_head, n_kv_head, T
     assert_same_attention(train.sdpa_attention, random_qkv(n_head, n_kv_head, T), window, 1e-5)
 
 
+@COMPILES
 def test_flex_attention_is_the_same_function_forward(monkeypatch):
     monkeypatch.setattr(train, "DEVICE", "cpu")
+    flexed = []
+    flex = train.flex_attention
+    monkeypatch.setattr(train, "flex_attention", lambda *args, **kw: flexed.append(1) or flex(*args, **kw))
     attend = torch.compile(train.flex_backend({11, 37}, 37), dynamic=False)
     with torch.no_grad():
         for window in (11, 37):
             qkv = random_qkv(4, 2, 37)
             assert report("output", attend(*qkv, window), naive_attention(*qkv, window)) < 1e-5
+    assert flexed == [1]
 
 
 def test_flex_attention_leaves_what_it_has_no_mask_for_to_sdpa(monkeypatch):
@@ -102,11 +114,11 @@ def test_flex_attention_is_the_same_function_on_cuda(n_head, n_kv_head, T, windo
 
 @CUDA
 @pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
-def test_fa3_is_the_same_function(n_head, n_kv_head, T, window):
-    try:
-        attend = train.fa3_backend()
-    except Exception as error:
-        pytest.skip(f"FlashAttention-3 cannot be had: {error}")
+def test_fa3_is_the_same_function(monkeypatch, n_head, n_kv_head, T, window):
+    if not Path("~/.cache/autoresearch/attention_kernel").expanduser().exists():
+        pytest.skip("prepare.py has not fetched FlashAttention-3")
+    monkeypatch.setattr(train, "KERNEL_PATH", Path("~/.cache/autoresearch/attention_kernel").expanduser())
+    attend = train.fa3_backend()
     assert_same_attention(attend, random_qkv(n_head, n_kv_head, T, 64, "cuda", torch.bfloat16), window, 0.02)
 
 
@@ -176,7 +188,7 @@ def test_training_loads_the_kernel_that_prepare_has_fetched(fake_kernel, hopper,
     monkeypatch.setattr("kernels.install_kernel", lambda repo, version: f"{folder}/build/torch-universal")
     prepare.fetch_attention_kernel()
     assert train.pick_attention({64}, 64, compiled=False)[0] == "fa3", capsys.readouterr().out
-    os.environ.pop("LOCAL_KERNELS")
+    monkeypatch.setenv("LOCAL_KERNELS", "")  # for monkeypatch to undo what training has set
 
 
 def test_a_kernel_that_cannot_be_fetched_is_told_in_one_line(hopper, monkeypatch, cache, capsys):
@@ -207,9 +219,14 @@ def test_a_missing_or_wrong_kernel_gives_way_with_one_line(fake_kernel, hopper, 
 
 
 def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
+    def no_kernel():
+        raise ValueError("there is none")
+
     monkeypatch.setattr(train, "probe_attention", lambda *args: None)
-    assert train.pick_attention({11, 64}, 64, compiled=True)[0] == "flex"
-    monkeypatch.setattr(train, "DEVICE", "cuda")
+    monkeypatch.setattr(train, "flex_backend", lambda windows, T: naive_attention)
+    monkeypatch.setattr(train, "fa3_backend", no_kernel)
+    assert train.pick_attention({11, 64}, 64, compiled=True) == ("flex", naive_attention)
+    assert train.pick_attention({11, 64}, 64, compiled=False)[0] == "sdpa"
     assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
 
 
@@ -241,19 +258,41 @@ def test_the_pattern_repeats_and_the_last_layer_sees_all():
     assert small_config(window_pattern="S").windows() == [7, 7, 7, 48]
 
 
-def test_forward_gives_logits_or_the_mean_loss(awake):
+def test_forward_gives_capped_logits_or_the_mean_loss(awake):
+    with torch.no_grad():
+        awake.lm_head.weight.mul_(100)
     idx, targets = torch.randint(96, (2, 3, 48))
     logits = awake(idx)
-    assert logits.shape == (3, 48, 96) and logits.abs().max() <= train.SOFTCAP
-    assert awake(idx, targets).item() == pytest.approx(
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    )
+    assert logits.shape == (3, 48, 96) and 0.9 * train.SOFTCAP < logits.abs().max() <= train.SOFTCAP
+    by_hand = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert awake(idx, targets).item() == pytest.approx(by_hand.item())
 
 
 def test_a_new_model_is_uniform_and_every_block_the_identity():
     model = GPT(small_config())
     idx, targets = torch.randint(96, (2, 3, 48))
     assert model(idx, targets).item() == pytest.approx(math.log(96), abs=0.02)
+    x = torch.randn(1, 48, 64)
+    cos, sin = model.cos.float(), model.sin.float()
+    assert all(torch.equal(block(x, None, cos, sin), x) for block in model.blocks)
+
+
+def test_queries_and_keys_are_rotated_and_normed(awake):
+    seen = []
+    awake.blocks[0].attn.attend = lambda q, k, v, w: seen.append((q, k)) or train.sdpa_attention(q, k, v, w)
+    awake(torch.full((1, 48), 5))
+    for x in seen[0]:
+        assert torch.allclose(x.square().mean(-1), torch.ones(()), atol=1e-3)
+    q, k = (x[0, :, 0] for x in seen[0])
+    scores = q @ k.T  # of equal tokens: they depend on distance alone, and do depend on it
+    assert report("along diagonals", scores[:-1, :-1], scores[1:, 1:]) < 1e-3
+    assert scores[-1].std() > 0.1
+
+
+def test_the_mlp_is_relu_squared(awake):
+    mlp, x = awake.blocks[0].mlp, torch.randn(5, 64)
+    inner = (x @ mlp.c_fc.weight.T).clamp_min(0) ** 2
+    assert torch.allclose(mlp(x), inner @ mlp.c_proj.weight.T, atol=1e-4)
 
 
 def test_every_backend_gives_the_same_model(awake):
@@ -279,18 +318,6 @@ def test_short_windows_bound_what_a_token_sees(monkeypatch):
     changed[0, 10] = (idx[0, 10] + 1) % 96
     differs = (model(idx) != model(changed)).any(-1)[0].nonzero().flatten().tolist()
     assert differs[0] == 10 and differs[-1] == 10 + 14
-
-
-def test_rotary_makes_scores_depend_on_distance_alone():
-    model = GPT(small_config())
-    q, k = torch.randn(2, 1, 1, 1, 16)
-    cos, sin = model.cos.float(), model.sin.float()
-    rotated_q, rotated_k = (train.apply_rotary(x.expand(1, 48, 1, 16), cos, sin)[0, :, 0] for x in (q, k))
-    scores = rotated_q @ rotated_k.T
-    tolerance = 0.1 if model.cos.dtype == torch.bfloat16 else 1e-4
-    for distance in (0, 1, 9):
-        diagonal = scores.diagonal(-distance)
-        assert report(f"distance {distance}", diagonal, diagonal[:1].expand_as(diagonal)) < tolerance
 
 
 def test_value_embeddings_reach_the_values_through_their_gate(awake):
@@ -376,6 +403,19 @@ def test_a_muon_step_is_orthogonal_with_even_neurons_and_keeps_its_size(monkeypa
         assert values.min() > 0.6 and values.max() < 1.5
 
 
+def test_muon_keeps_its_momentum(monkeypatch):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
+    p = torch.nn.Parameter(torch.zeros(16, 32))
+    optimizer = MuonAdamW([{"kind": "muon", "params": [p], "lr": 1.0, "weight_decay": 0.0}], compiled=False)
+    p.grad = torch.randn_like(p)
+    optimizer.step()
+    first = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    second = p.detach() - first
+    assert F.cosine_similarity(first.flatten(), second.flatten(), dim=0) > 0.99
+
+
 def test_weight_decay_is_cautious():
     weight = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
     decayed = []
@@ -390,6 +430,7 @@ def test_weight_decay_is_cautious():
     assert torch.allclose(cautious, expected, atol=1e-6)
 
 
+@COMPILES
 def test_changing_rates_decay_and_momentum_does_not_recompile(monkeypatch):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
     matrices = [torch.nn.Parameter(torch.randn(8, 16)) for _ in range(2)]
@@ -484,8 +525,10 @@ def test_memory_that_runs_out_halves_the_device_batch_and_says_so(stage, monkeyp
     model, optimizer, tokenizer = stage
     forward = model.forward
 
+    calls = itertools.count()
+
     def limited(idx, targets=None):
-        if len(idx) > 2:
+        if len(idx) > 2 and next(calls) % 3 == 2:  # in the second step, when parameters have moved
             if error is None:
                 torch.empty(2**60)  # the CPU allocator's own error
             raise error
@@ -557,7 +600,7 @@ class Script:
         path.write_text(text)
 
     def start(self, **env):
-        env = {**os.environ, "AUTORESEARCH_BUDGET": "2", "CUDA_VISIBLE_DEVICES": "", **env}
+        env = {**ENV, "AUTORESEARCH_BUDGET": "2", **env}
         command = [sys.executable, "train.py"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, env=env, **pipes)
@@ -582,6 +625,7 @@ def summary(out):
     return {key: value.strip() for key, value in (line.split(":", 1) for line in lines)}
 
 
+@COMPILES
 def test_a_run_ends_with_the_summary(script, tmp_path):
     save = tmp_path / "model.pt"
     code, out, err = script.run(SEED="7", AUTORESEARCH_SAVE=str(save))
@@ -591,14 +635,14 @@ def test_a_run_ends_with_the_summary(script, tmp_path):
     assert len(steps) >= 5 and "\r" not in out
     assert float(steps[-1][2]) < float(steps[0][2]) == pytest.approx(math.log(2048), abs=0.1)
     training, n_steps = float(values["training_seconds"]), int(values["num_steps"])
-    assert 2 <= training <= 2 + 2 * training / n_steps + 0.1
+    assert 2 <= training <= 2 + 2 * training / n_steps + 1
     assert float(values["total_tokens_M"]) == pytest.approx(n_steps * 2**12 / 1e6, abs=0.06)
     assert 1 < float(values["val_bpb"]) < 4
     assert float(values["total_seconds"]) > sum(float(values[k]) for k in ("startup_seconds", "eval_seconds"))
     assert (values["seed"], values["attention"], values["source"]) == ("7", "sdpa", "corpus")
     assert values["mfu_percent"] == "n/a" and float(values["peak_vram_mb"]) > 100
     assert re.fullmatch("[0-9a-f]{12}", values["harness"])
-    assert "running eagerly" not in out
+    assert "\nsample: " in out and "sample: none" not in out
     saved = torch.load(save)
     assert saved["config"]["n_layer"] == 2 and saved["model"]["wte.weight"].shape == (2048, 64)
 
@@ -649,8 +693,17 @@ def test_ctrl_c_ends_training_at_once_with_130(script):
     assert process.returncode == 130 and "Traceback" not in err and time.time() - start < 5
 
 
-def test_importing_train_runs_nothing(tmp_path):
-    env = {**os.environ, "AUTORESEARCH_CACHE": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", "import train; print(train.GPT.__name__)"]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "GPT\n"), result.stderr
+def test_importing_train_runs_nothing_and_fits_the_full_scale_too(tmp_path):
+    (tmp_path / "current").write_text("p\n")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "meta.json").write_text(json.dumps({"scale": "full"}))
+    code = """if True:
+        import torch, train
+        with torch.device("meta"):
+            model = train.GPT(train.GPTConfig())
+            logits = model(torch.zeros(1, train.MAX_SEQ_LEN, dtype=torch.int64))
+        print(*logits.shape, train.grad_accum_steps(train.DEVICE_BATCH_SIZE), model.config.windows())
+    """
+    env = {**ENV, "AUTORESEARCH_CACHE": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert result.stdout == f"1 2048 8192 2 {[256] * 4 + [2048] + [256] * 3 + [2048]}\n", result.stderr
