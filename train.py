@@ -169,9 +169,10 @@ def fa3_backend() -> Attend:
     return attend
 
 
-def probe_attention(attend: Attend, windows: set[int], T: int, compiled: bool) -> None:
+def probe_attention(name: str, attend: Attend, windows: set[int], T: int, compiled: bool) -> None:
     """Raise whatever goes wrong in a forward and a backward pass, wrong results included."""
-    attend = torch.compile(attend, dynamic=False) if compiled else attend
+    if compiled:  # a graph break would hide that FlexAttention fails
+        attend = torch.compile(attend, dynamic=False, fullgraph=name == "flex")
     for window in windows:
         heads = (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)
         qkv = [torch.randn(1, T, n, HEAD_DIM, device=DEVICE, dtype=COMPUTE_DTYPE) for n in heads]
@@ -195,7 +196,7 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Atte
     for name, backend in backends.items():
         try:
             attend = backend()
-            probe_attention(attend, windows, T, compiled)
+            probe_attention(name, attend, windows, T, compiled)
             return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch: the cure is the same
             print(f"attention: {name} cannot be used here ({first_line(error)})", flush=True)
