@@ -324,7 +324,7 @@ def test_the_same_inputs_give_the_same_digest_and_rows(tiny, cache, monkeypatch)
 def test_a_kill_at_any_moment_leaves_nothing_that_a_rerun_does_not_mend(tmp_path):
     env = {**ENV, "AUTORESEARCH_CACHE": str(tmp_path)}
     command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
-    for moment in ("lock", "building", "building/tokenizer.json", "building/train.bin"):
+    for moment in ("building", "building/tokenizer.json", "building/train.bin"):
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (tmp_path / moment).exists() and process.poll() is None:
             time.sleep(0.001)
