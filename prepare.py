@@ -695,6 +695,7 @@ def harness_digest(tokenizer: Tokenizer) -> str:
 
 def get_logits(model: nn.Module, inputs: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """(B, T, vocab_size) logits of (B, T) inputs; ends the process if they are anything else."""
+    watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
     logits = model(inputs)
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (*inputs.shape, vocab_size):
@@ -773,7 +774,6 @@ def val_batches(batch_size: int, bos: int) -> Iterator[tuple[torch.Tensor, torch
     """All validation rows as (inputs, targets), the last batch filled up with BOS, which does not count."""
     rows = load_rows("val")
     for i in range(0, len(rows), batch_size):
-        watch(HANG_SECONDS)  # slow is not stuck
         part = rows[i : i + batch_size].astype(np.int64)
         part = np.pad(part, ((0, batch_size - len(part)), (0, 0)), constant_values=bos)
         batch = torch.from_numpy(part).to(DEVICE)
