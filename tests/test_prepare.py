@@ -749,7 +749,7 @@ class Toy(nn.Module):
 class Cheat(Toy):
     def __init__(self, change, hidden=False):
         super().__init__()
-        self.change, self.hidden, self.seen = change, hidden, []
+        self.change, self.hidden, self.seen, self.mean = change, hidden, [], 0.0
 
     def forward(self, x):
         z = self.logits(x)
@@ -783,7 +783,29 @@ def remember(model, z, x):
     return z + 0.001 * torch.stack(model.seen[-2:])[0]
 
 
+def running_mean(share):
+    def change(model, z, x):
+        model.mean += share * (z.mean((0, 1)) - model.mean)
+        return z - model.mean
+
+    return change
+
+
+def next_token_where(matches):
+    """One where the next token stands out in a way that most texts seldom show."""
+
+    def change(model, z, x):
+        z[:, :-1, 7] += 0.1 * matches(x[:, :-1], x[:, 1:]).float()
+        return z
+
+    return change
+
+
 CHEATS = {
+    "the next token where it is BOS": next_token_where(lambda this, following: following == 0),
+    "the next token where it is this one again": next_token_where(lambda this, following: following == this),
+    "a quick running mean over batches": running_mean(0.3),
+    "a slow running mean over batches": running_mean(0.01),
     "one token ahead": ahead(1),
     "one token ahead at one position": ahead(1, position=13),
     "one token ahead at the last but one position": ahead(1, position=30),
@@ -828,7 +850,7 @@ def test_a_memory_that_wakes_up_after_the_probes_is_refused(tiny):
         model.seen.append(x)
         return z * (1.1 if len(model.seen) > probes + 2 else 1)
 
-    probes = 3 + len(list(prepare.keep_masks(8, 32))) + 1
+    probes = prepare.WARM_UPS + 1 + len(list(prepare.keep_masks(8, 32))) + 1
     with pytest.raises(SystemExit, match="scores differently"):
         evaluate_bpb(Cheat(sharpen_late), Tokenizer.from_directory(), 8)
 
@@ -848,7 +870,7 @@ def test_a_logit_that_is_not_finite_in_the_last_batch_is_refused(tiny, value):
     tokenizer = Tokenizer.from_directory()
 
     def spoil_the_padded_batch(model, z, x):
-        return spoil(value)(model, z, x) if (x[-1] == tokenizer.bos).all() else z
+        return spoil(value)(model, z, x) if torch.equal(x[-1], x[-2]) else z
 
     with pytest.raises(SystemExit, match="not finite"):
         evaluate_bpb(Cheat(spoil_the_padded_batch), tokenizer, 7)
@@ -875,6 +897,41 @@ def test_the_harness_accepts_an_honest_model_at_any_batch_size(tiny, batch_size)
     assert evaluate_bpb(model, tokenizer, batch_size) == pytest.approx(
         evaluate_bpb(model, tokenizer, 5), rel=1e-6
     )
+
+
+def test_what_a_model_does_to_its_inputs_does_not_reach_the_targets(tiny):
+    def clear(model, z, x):
+        x.zero_()
+        return z
+
+    tokenizer = Tokenizer.from_directory()
+    assert evaluate_bpb(Cheat(clear), tokenizer, 1) == pytest.approx(
+        evaluate_bpb(Toy(), tokenizer, 8), rel=1e-6
+    )
+
+
+def test_an_honest_model_may_rule_tokens_out_and_keep_constants_as_parameters(tiny):
+    tokenizer = Tokenizer.from_directory()
+
+    def rule_out_bos(model, z, x):
+        z[..., tokenizer.bos] = torch.finfo(z.dtype).min
+        return z
+
+    model = Cheat(rule_out_bos)
+    model.positions = nn.Parameter(torch.arange(32), requires_grad=False)
+    check_model(model, tokenizer, 8)
+    assert math.isfinite(evaluate_bpb(model, tokenizer, 8)) and model.positions[-1] == 31
+
+
+def test_one_outlying_logit_does_not_license_randomness(tiny):
+    tokenizer = Tokenizer.from_directory()
+
+    def shaky(model, z, x):
+        z[..., tokenizer.bos] = -1e4
+        return z + F.dropout(z, 0.1)
+
+    with pytest.raises(SystemExit, match="random numbers"):
+        check_model(Cheat(shaky), tokenizer, 8)
 
 
 def test_a_little_nondeterminism_of_the_hardware_is_allowed(tiny):
