@@ -683,7 +683,7 @@ def batches(pieces: np.ndarray, B: int) -> Iterator:
 LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds on the clock; a later batch voids the run
 SLICE = 1 << 26  # logits handled at once in float32 (256 MB)
 NOISE = 0.02  # standard deviation added to every parameter before the early check
-WARM_UPS = 8  # calls on the same input before two are compared: a memory of the last few shows only then
+WARM_UPS = 4  # calls on the same input before two are compared: a memory of the last few shows only then
 MAX_WOBBLE = 1 / 64  # how far the same input twice may differ, as a share of the largest logit, or of 64
 
 
