@@ -76,7 +76,7 @@ SCALES = {
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3 on the hub: repository, version
 KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder it was put in
-SOURCE_CODE = Path(__file__).read_bytes()  # part of every preparation's name and of every digest
+CODE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # in every key and every digest
 
 
 def nvidia_gpu_present() -> bool:
@@ -136,7 +136,7 @@ def prepared() -> tuple[Path, dict]:
     """The preparation to train on; ends the process where there is none, or one of another prepare.py."""
     if PREPARATION is None:
         stop("no data is prepared yet; run `uv run prepare.py` first (`--source python` needs no network)")
-    if PREPARATION[1]["prepare"] != hashlib.sha256(SOURCE_CODE).hexdigest():
+    if PREPARATION[1]["prepare"] != CODE_HASH:
         stop("the data was prepared by another version of prepare.py; run `uv run prepare.py` again")
     return PREPARATION
 
@@ -160,9 +160,14 @@ class Refused(ValueError):
     """The server says no, and would say it again."""
 
 
+def downloads(repo: str) -> Path:
+    """The folder that the files of a hub dataset are kept in."""
+    return CACHE / "downloads" / repo.replace("/", "--")
+
+
 def fetch(repo: str, name: str) -> Path:
     """One file of a hub dataset, downloaded unless it is here. Ends the process if it cannot be had."""
-    path = CACHE / "downloads" / repo.replace("/", "--") / name
+    path = downloads(repo) / name
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +242,7 @@ def file_hash(path: Path) -> str:
 def default_source(scale: str) -> str:
     """The hub's source for a scale; `python`, with a printed line, where neither cache nor hub has it."""
     source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
-    if not any((CACHE / "downloads" / repo.replace("/", "--")).glob("*.parquet")):
+    if not any(downloads(repo).glob("*.parquet")):
         try:
             requests.head(HUB, timeout=10)
         except requests.RequestException:
@@ -530,8 +535,7 @@ def preparation_key(source: Source, scale_name: str) -> str:
     with ThreadPoolExecutor() as pool:
         hashes = [list(pool.map(file_hash, group)) for group in (files, val_files or [])]
     suffixes = [path.suffix for path in files]
-    code = hashlib.sha256(SOURCE_CODE).hexdigest()
-    return hashlib.sha256(json.dumps([code, scale_name, suffixes, hashes]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([CODE_HASH, scale_name, suffixes, hashes]).encode()).hexdigest()
 
 
 def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
@@ -571,7 +575,7 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
         "source": name,
         "scale": scale_name,
         "key": key,
-        "prepare": hashlib.sha256(SOURCE_CODE).hexdigest(),
+        "prepare": CODE_HASH,
         "splits": splits,
     }
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -689,7 +693,7 @@ MAX_WOBBLE = 1 / 64  # how far the same input twice may differ, as a share of th
 
 def harness_digest(tokenizer: Tokenizer) -> str:
     """12 hex digits over all that gives val_bpb its meaning: values compare only under the same digest."""
-    parts = [SOURCE_CODE, str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
+    parts = [CODE_HASH.encode(), str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
     parts += [load_rows("val").tobytes(), prepared()[1]["key"].encode()]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
 

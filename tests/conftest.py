@@ -35,6 +35,8 @@ subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 
 import prepare  # noqa: E402
 
+TINY = prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40)
+
 
 @pytest.fixture(autouse=True)
 def no_watchdog():
@@ -55,7 +57,7 @@ def tiny_cache():
     """The corpus prepared at a scale of 32 tokens a row and 40 validation rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CACHE", SCRATCH / "tiny")
-        patch.setitem(prepare.SCALES, "tiny", prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40))
+        patch.setitem(prepare.SCALES, "tiny", TINY)
         prepare.prepare(str(CORPUS), "tiny", 1)
     return SCRATCH / "tiny"
 
@@ -64,7 +66,7 @@ def tiny_cache():
 def tiny(tiny_cache, cache, monkeypatch):
     """A copy of it as the current preparation, with a clock that has not started; on the CPU."""
     shutil.copytree(tiny_cache, cache)
-    monkeypatch.setitem(prepare.SCALES, "tiny", prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40))
+    monkeypatch.setitem(prepare.SCALES, "tiny", TINY)
     monkeypatch.setattr(prepare, "DEVICE", "cpu")
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 32)
     monkeypatch.setattr(prepare, "SLICE", 3 * 32 * 512)  # several slices a batch, as at full scale

@@ -304,7 +304,7 @@ def test_the_same_inputs_give_the_same_digest_and_rows(tiny, cache, monkeypatch)
     assert rows == [(tiny / f"{split}.bin").read_bytes() for split in ("train", "val")]
     assert prepare.harness_digest(Tokenizer.from_directory()) == digest
     assert len(digest) == 12 and int(digest, 16) >= 0
-    for name, value in (("TIME_BUDGET", 30.0), ("SOURCE_CODE", b"edited")):
+    for name, value in (("TIME_BUDGET", 30.0), ("CODE_HASH", "edited")):
         with monkeypatch.context() as patch:
             patch.setattr(prepare, "prepared", lambda: prepare.PREPARATION)
             patch.setattr(prepare, name, value)
@@ -480,7 +480,7 @@ def test_the_tokenizer_reads_from_shard_0_on_whatever_the_number_of_shards(hub, 
 
 def test_a_part_that_is_complete_or_rotten_is_not_trusted_but_mended(hub, cache):
     whole = hub.files["shard_00000.parquet"]
-    folder = cache / "downloads" / prepare.CLIMBMIX.replace("/", "--")
+    folder = prepare.downloads(prepare.CLIMBMIX)
     folder.mkdir(parents=True)
     for left in (whole, b"rotten" * 100, whole + b"more"):
         (folder / "shard_00000.parquet.part").write_bytes(left)
