@@ -420,7 +420,8 @@ def test_a_crash_under_the_second_seed_decides(started):
     commit = started.experiment(stub(1.6), "fragile", runs=2)  # no number for the second seed: a traceback
     assert [row[3] for row in started.rows()[-2:]] == ["discard", "crash"]
     assert started.head() != commit
-    assert started.do("bar").stdout.split()[1] == started.head()
+    kept, _, gap = started.do("bar").stdout.split()[1::2]
+    assert kept == started.head() and gap == "0.0200000"  # a crash has no value to be a gap away from
 
 
 def test_a_run_that_died_with_the_machine_starts_again_under_its_seed(started):
