@@ -165,7 +165,7 @@ def night(request, tmp_path_factory) -> Night:
     night = Night(tmp_path_factory.mktemp("night"), request.param).setup()
     commits = night.commits = {}
     commits["baseline"] = night.experiment(None, "baseline", runs=2)
-    commits["win"] = night.experiment(stub(1.69, 1.70), "raise MATRIX_LR to 0.05", runs=2)
+    commits["win"] = night.experiment(stub(1.70, 1.69), "raise MATRIX_LR to 0.05", runs=2)
     commits["refuted"] = night.experiment(stub(1.69, 1.705), "a lucky first seed", runs=2)
     commits["loss"] = night.experiment(
         stub(1.80), 'a "quoted"\ttab, C:\\temp\\new, %s 100%, $HOME\nand a line: größer'
@@ -199,8 +199,8 @@ def test_rows_of_the_night(night):
     expected = [  # worked out by hand: bar 1.71, after the win 1.695, after the simplification 1.7025
         ("baseline", "1.700000", "discard", "seed 1 of 2: baseline [0123456789ab, sdpa, Stub GPU, 80 GB]"),
         ("baseline", "1.720000", "keep", "baseline"),
-        ("win", "1.690000", "discard", "seed 1 of 2: raise MATRIX_LR to 0.05"),
-        ("win", "1.700000", "keep", "raise MATRIX_LR to 0.05"),
+        ("win", "1.700000", "discard", "seed 1 of 2: raise MATRIX_LR to 0.05"),
+        ("win", "1.690000", "keep", "raise MATRIX_LR to 0.05"),
         ("refuted", "1.690000", "discard", "seed 1 of 2: a lucky first seed"),
         ("refuted", "1.705000", "discard", "a lucky first seed"),
         ("loss", "1.800000", "discard", "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer"),
