@@ -629,6 +629,7 @@ def main() -> None:
         return f"{100 * flops / peak_flops:.2f}" if peak_flops else "n/a"
 
     batches = make_dataloader(tokenizer, B, MAX_SEQ_LEN, "train")
+    gc.collect()
     startup_seconds = time.time() - STARTED
     step, losses, next_log = 0, [], 0.0
     while clock.progress() < 1:
@@ -637,7 +638,6 @@ def main() -> None:
         losses.append(loss)
         step += 1
         if step == 1:
-            gc.collect()
             gc.freeze()
             gc.disable()
         log = clock.progress() >= next_log
