@@ -27,7 +27,7 @@ COMMIT, RUN, POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.strip().
 INLINE = [
     " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PROGRAM, flags=re.S))
 ]
-SHELLS = [name for name in ("sh", "bash", "zsh", "busybox") if shutil.which(name)]
+SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # Debian's sh is dash, macOS's is bash
 
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
@@ -75,7 +75,7 @@ class Night:
     """A scratch clone, and an agent's shell in it."""
 
     def __init__(self, folder: Path, shell: str = "sh"):
-        self.folder, self.shell = folder / "clone", ["busybox", "sh"] if shell == "busybox" else [shell]
+        self.folder, self.shell = folder / "clone", shell
         tools = folder / "bin"
         tools.mkdir(parents=True)
         python = shlex.quote(sys.executable)
@@ -95,7 +95,7 @@ class Night:
     def sh(self, command: str) -> subprocess.CompletedProcess:
         """Run in a new shell, as tools do; all that it prints is in stdout."""
         with subprocess.Popen(
-            [*self.shell, "-c", command],
+            [self.shell, "-c", command],
             cwd=self.folder,
             env=self.env,
             text=True,
