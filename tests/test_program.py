@@ -128,7 +128,7 @@ class Night:
         (self.folder / "train.py").write_text(train)
         done = self.do(re.sub(r"'.*'", shlex.quote(message), COMMIT))
         assert done.returncode == 0, done.stdout
-        return self.git("rev-parse", "--short=7", "HEAD")
+        return self.head()
 
     def train(self) -> str:
         done = self.do(RUN)
@@ -146,7 +146,7 @@ class Night:
         self, train: str | None, description: str, judgement: str = "better", runs: int = 1
     ) -> str:
         """Commit, run and write the row, `runs` times; gives the commit."""
-        commit = self.commit(train, description) if train else self.git("rev-parse", "--short=7", "HEAD")
+        commit = self.commit(train, description) if train else self.head()
         for _ in range(runs):
             self.train()
             done = self.finish(description, judgement)
@@ -176,15 +176,10 @@ def night(request, tmp_path_factory) -> Night:
     commits["simpler"] = night.experiment(stub(1.70, 1.705), "delete the value gates", "simpler", runs=2)
     commits["too simple"] = night.experiment(stub(1.73), "delete the MLP", "simpler")
     commits["bug"] = night.experiment(stub(kind="bug"), "a slip")
-    restore = inline("git cherry-pick -n").replace("1a2b3c4", commits["bug"])
-    assert night.do(restore).returncode == 0
-    commits["mended"] = night.experiment(
-        (night.folder / "train.py")
-        .read_text()
-        .replace("'bug'", "'mended'")
-        .replace("()[seed - 1]", "(1.9, 0)[seed - 1]", 1),
-        "the slip mended",
-    )
+    bring_back = inline("git cherry-pick -n").replace("1a2b3c4", commits["bug"])
+    assert night.do(bring_back).returncode == 0
+    assert (night.folder / "train.py").read_text() == stub(kind="bug")
+    commits["mended"] = night.experiment(stub(1.9), "the slip mended")
     commits["hang"] = night.experiment(stub(kind="hang"), "an endless loop")
     commits["nan"] = night.experiment(stub(kind="nan"), "a rate of 10")
     commits["refused"] = night.experiment(stub(kind="refused"), "no mask")
