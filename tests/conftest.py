@@ -27,8 +27,8 @@ with (CORPUS / "stdlib.jsonl").open("w") as lines:
 
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
-for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED"):
-    os.environ.pop(name, None)
+for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED", "PYTHONDONTWRITEBYTECODE"):
+    os.environ.pop(name, None)  # with bytecode torch is imported in half the time
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # of processes that tests start: they never look for a GPU
 PEOPLE = {f"GIT_{who}_{what}": "agent" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 GIT_ENV = {**ENV, **PEOPLE, "GIT_CONFIG_GLOBAL": os.devnull}  # of git: the same on any machine
