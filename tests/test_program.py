@@ -85,7 +85,7 @@ class Night:
             (tools / name).chmod(0o755)
         self.env = {**GIT_ENV, "PATH": f"{tools}:{os.environ['PATH']}"}
         self.folder.mkdir()
-        for name in ("prepare.py", "program.md", ".gitignore"):
+        for name in ("prepare.py", "program.md", "analysis.ipynb", ".gitignore"):
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "train.py").write_text(stub(1.70, 1.72))
         self.git("init", "-q", "-b", "main")
@@ -300,6 +300,14 @@ def test_run_refuses_when_another_file_differs_from_the_start(started, name):
         started.git("commit", "-qam", "a change to what is locked")
     refuses(started.do(RUN), name)
     assert not (started.folder / "run.log").exists()
+
+
+def test_a_notebook_with_the_outputs_of_a_human_who_looked_is_not_in_the_way(started):
+    with (started.folder / "analysis.ipynb").open("a") as file:
+        file.write("\n")
+    commit = started.experiment(stub(1.80), "a loss")
+    assert started.rows()[-1][0] == commit
+    assert started.git("status", "--short") == "M analysis.ipynb"
 
 
 def test_run_refuses_an_edit_that_is_not_committed(started):
