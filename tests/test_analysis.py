@@ -25,28 +25,33 @@ def kernel():
     kernel.shutdown_kernel(now=True)
 
 
+def execute(kernel: KernelManager, folder: Path) -> dict[str, str]:
+    """Run the notebook in a folder; gives what it printed and showed as text, by heading."""
+    notebook = nbformat.read(ROOT / "analysis.ipynb", 4)
+    fresh = f"%reset -f\nimport os; os.chdir({str(folder)!r})"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(fresh))
+    NotebookClient(notebook, km=kernel, timeout=60).execute()  # raises where a cell does
+    shown, heading = {}, ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = cell.source.splitlines()[0].lstrip("# ")
+        for output in cell.get("outputs", []):
+            assert output.get("name") != "stderr", output.text  # no warning either
+            text = output.get("text") or output.data.get("text/markdown") or output.data["text/plain"]
+            shown[heading] = shown.get(heading, "") + text
+    return shown
+
+
 @pytest.fixture
 def morning(kernel, tmp_path):
-    """Runs the notebook in a folder; gives what it printed and showed as text, by heading."""
+    """What the notebook shows of this text in results.tsv."""
 
-    def run(results: str | None = None, folder: Path = tmp_path) -> dict[str, str]:
+    def show(results: str | None) -> dict[str, str]:
         if results is not None:
-            (folder / "results.tsv").write_text(results)
-        notebook = nbformat.read(ROOT / "analysis.ipynb", 4)
-        fresh = f"%reset -f\nimport os; os.chdir({str(folder)!r})"
-        notebook.cells.insert(0, nbformat.v4.new_code_cell(fresh))
-        NotebookClient(notebook, km=kernel, timeout=60).execute()  # raises where a cell does
-        shown, heading = {}, ""
-        for cell in notebook.cells:
-            if cell.cell_type == "markdown":
-                heading = cell.source.splitlines()[0].lstrip("# ")
-            for output in cell.get("outputs", []):
-                assert output.get("name") != "stderr", output.text  # no warning either
-                text = output.get("text") or output.data.get("text/markdown") or output.data["text/plain"]
-                shown[heading] = shown.get(heading, "") + text
-        return shown
+            (tmp_path / "results.tsv").write_text(results)
+        return execute(kernel, tmp_path)
 
-    return run
+    return show
 
 
 def git(folder: Path, *args: str, stdin: str | None = None) -> str:
@@ -56,11 +61,17 @@ def git(folder: Path, *args: str, stdin: str | None = None) -> str:
     return done.stdout.strip()
 
 
+def table(*rows: tuple) -> str:
+    return HEADER + "".join(
+        f"{commit}\t{value}\t1.0\t{status}\t{text}\n" for commit, value, status, text in rows
+    )
+
+
 # ---------------------------------------------------------------------------
 # Every state of the table
 
 
-@pytest.mark.parametrize("results", [None, "", HEADER, "\n\n", "no table at all"])
+@pytest.mark.parametrize("results", [None, "", HEADER, "no table at all"])
 def test_without_a_run_every_heading_has_its_sentence(morning, results):
     shown = morning(results)
     assert len(shown) == 9 + (results == "no table at all")
@@ -87,7 +98,7 @@ def test_crashes_only_and_crashes_first(morning):
 def test_nothing_kept(morning):
     shown = morning(HEADER + "aaaaaaa\t1.5\t1.0\tdiscard\tbaseline\nbbbbbbb\t1.6\t1.0\tdiscard\tworse\n")
     assert "No change was kept" in shown["What stands out of the noise?"]
-    assert "no better train.py" in shown["The best train.py against the start"]
+    assert "no other train.py" in shown["The night's train.py against the start"]
 
 
 def test_half_a_line_strange_characters_and_upper_case(morning):
@@ -95,11 +106,12 @@ def test_half_a_line_strange_characters_and_upper_case(morning):
         'aaaaaaa\t1.50\t1.0\tKEEP\t"baseline\n'
         'bbbbbbb\t1.40\t1.0\tKeep\t$x_1$ größer, "quoted" \\frac 100% 学习率 \t and a tab\r\n'
         "ccccccc\tnan\t1.0\tkeep\tno number\n"
+        "ccccccc\tinf\t1.0\tkeep\tnone either\n"
         "ddddddd\t1.30\t1.0\tmaybe\tno status\n"
         "eeeeeee\t1.3"
     )
     shown = morning(HEADER + rows)
-    assert "3 line(s) could not be read" in shown["The morning"]
+    assert "4 line(s) could not be read" in shown["The morning"]
     assert "fell from 1.500000 to 1.400000" in shown["What was won?"]
     assert 'größer, "quoted" \\frac 100% 学习率' in shown["What was won?"]
 
@@ -111,13 +123,44 @@ def test_gains_count_from_the_state_before_and_repeats_by_their_mean(morning):
         ("ccccccc", 1.40, "discard"), ("ccccccc", 1.42, "keep"),  # 1.41
         ("ddddddd", 1.42, "discard"), ("ddddddd", 1.44, "keep"),  # 1.43: simpler
     ]  # fmt: skip
-    shown = morning(HEADER + "".join(f"{c}\t{v}\t1.0\t{s}\tidea {c}\n" for c, v, s in rows))
+    shown = morning(table(*((*row, f"idea {row[0]}") for row in rows)))
     sigma = math.sqrt((3 * 0.02**2 / 2 + 0.08**2 / 2) / 4)  # half of each squared gap, over four pairs
-    won = f"{0.1 / sigma:.1f} sigmas (of one run {sigma:.6f}, pooled over 4 repeats)"
-    assert won in shown["What was won?"]
+    noise = f"one run's sigma is {sigma:.6f}, pooled over 4 repeats, so rough"
+    assert f"{0.1 / sigma:.1f} sigmas of that difference ({noise})" in shown["What was won?"]
+    assert re.search(r"ddddddd +kept last +1\.43", shown["What was won?"])
     assert re.search(rf"ccccccc +0\.10* +{0.1 / sigma:.6f}", shown["The ten largest gains"])
     assert "The 1 largest of 1 gains are 100%" in shown["The ten largest gains"]  # ddddddd lost 0.02
     assert "1 of 2 kept changes stand out" in shown["What stands out of the noise?"]
+
+
+def test_a_baseline_that_was_disturbed_and_dropped_is_not_what_the_night_is_measured_from(morning):
+    shown = morning(
+        table(
+            ("aaaaaaa", 1.8, "discard", "disturbed: baseline [0123, sdpa, cpu]"),
+            ("bbbbbbb", 1.5, "keep", "baseline, undisturbed"),
+            ("ccccccc", 1.4, "keep", "raise MATRIX_LR"),
+        )
+    )
+    assert "fell from 1.500000 to 1.400000" in shown["What was won?"]
+    assert "The 1 largest of 1 gains" in shown["The ten largest gains"]
+
+
+def test_a_repeat_by_hand_counts_for_the_mean_and_not_for_the_decision(morning):
+    rows = [("aaaaaaa", 1.5, "keep", "baseline"), ("bbbbbbb", 1.4, "keep", "raise adam betas to [0.9, 0.95]")]
+    shown = morning(
+        table(*rows, ("bbbbbbb", 1.42, "discard", "third look"), ("aaaaaaa", 1.52, "keep", "again"))
+    )
+    assert "fell from 1.510000 to 1.410000" in shown["What was won?"]
+    assert re.search(
+        r"bbbbbbb +best +1\.41 +2 +1\.0 +raise adam betas to \[0\.9, 0\.95\]", shown["What was won?"]
+    )
+
+
+def test_unreadable_memory_and_equal_repeats_have_their_sentences(morning):
+    rows = [("aaaaaaa", "keep"), ("aaaaaaa", "discard"), ("bbbbbbb", "keep")]
+    shown = morning(HEADER + "".join(f"{c}\t1.{5 - (c > 'b')}\t44 GB\t{s}\tx\n" for c, s in rows))
+    assert "Peak memory is unknown" in shown["Memory and simplicity"]
+    assert "unknown: the repeats are equal" in shown["What was won?"]
 
 
 # ---------------------------------------------------------------------------
@@ -125,7 +168,7 @@ def test_gains_count_from_the_state_before_and_repeats_by_their_mean(morning):
 
 
 @pytest.fixture(scope="module")
-def night(tmp_path_factory) -> SimpleNamespace:
+def night(kernel, tmp_path_factory) -> SimpleNamespace:
     """80 experiments, six minutes a run, in a repository: wins, refuted wins, losses and crashes."""
     folder = tmp_path_factory.mktemp("clone")
     git(folder, "init", "-q", "-b", "autoresearch/mar5")
@@ -162,16 +205,18 @@ def night(tmp_path_factory) -> SimpleNamespace:
         last = f"{values[-1]:.6f}\t2.5" if values else "0.000000\t0.0"
         rows.append(f"{name}\t{last}\t{status}\t{text}\n")
     (folder / "results.tsv").write_text(HEADER + "".join(rows))
-    return SimpleNamespace(folder=folder, plan=plan, names=names, runs=len(rows))
+    return SimpleNamespace(
+        folder=folder, plan=plan, names=names, runs=len(rows), shown=execute(kernel, folder)
+    )
 
 
-def test_long_night_in_numbers(night, morning):
-    shown = morning(folder=night.folder)
+def test_long_night_in_numbers(night):
+    shown = night.shown
     counts = {status: sum(s == status for s, *_ in night.plan[1:]) for status in ("keep", "discard", "crash")}
     assert night.runs > 100 and counts["keep"] > 30
     done = f"{counts['keep']} kept, {counts['discard']} discarded, {counts['crash']} crashed."
     assert f"Runs: {night.runs}. Experiments beside the baseline: 80; {done}" in shown["How much was done?"]
-    runs = sum(max(len(values), 1) for *_, values in night.plan[1:-1])  # the last commit's follow its date
+    runs = sum(max(len(values), 1) for *_, values in night.plan[:-1])  # the last commit's follow its date
     assert f"{runs} runs in {runs / 10:.1f} hours, 10.0 an hour." in shown["How much was done?"]
 
     experiments = list(zip(night.names, night.plan, strict=True))
@@ -181,7 +226,8 @@ def test_long_night_in_numbers(night, morning):
     sigma = math.sqrt(sum((a - b) ** 2 / 2 for a, b in pairs) / len(pairs))
     gain = means[kept[0]] - means[kept[-1]]
     assert f"from {means[kept[0]]:.6f} to {means[kept[-1]]:.6f}" in shown["What was won?"]
-    sigmas = f"{gain / sigma:.1f} sigmas (of one run {sigma:.6f}, pooled over {len(pairs)} repeats)"
+    noise = f"one run's sigma is {sigma:.6f}, pooled over {len(pairs)} repeats"
+    sigmas = f"{gain / sigma:.1f} sigmas of that difference ({noise})"
     assert sigmas in shown["What was won?"]
 
     gains = [means[a] - means[b] for a, b in zip(kept, kept[1:], strict=False)]
@@ -197,22 +243,29 @@ def test_long_night_in_numbers(night, morning):
     lines = f"from 101 to {101 + night.names.index(kept[-1])} lines"
     assert "from 2.5 to 2.5 GB" in shown["Memory and simplicity"] and lines in shown["Memory and simplicity"]
     assert f"{counts['crash']} of 81 experiments crashed" in shown["What crashed?"]
-    assert f"\n+# {night.plan[-3][1]}\n" in shown["The best train.py against the start"]
+    assert f"\n+# {night.plan[-3][1]}\n" in shown["The night's train.py against the start"]
 
 
-def test_picture_is_saved_and_large_enough_to_read(night, morning):
-    morning(folder=night.folder)
+def test_a_clone_without_the_discarded_commits_shows_the_same_pace_and_lines(night, morning, tmp_path):
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "fetch", "-q", str(night.folder), "refs/autoresearch/all:refs/autoresearch/all")
+    shown = morning((night.folder / "results.tsv").read_text())
+    for heading in ("How much was done?", "Memory and simplicity"):
+        assert shown[heading] == night.shown[heading]
+
+
+def test_picture_is_saved_and_large_enough_to_read(night):
     picture = (night.folder / "progress.png").read_bytes()
     width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
     assert picture[:4] == b"\x89PNG" and width >= 1500 and height >= 600
 
 
-def test_other_worktrees_of_the_repository_have_their_part(night, morning, tmp_path):
+def test_other_worktrees_of_the_repository_have_their_part(kernel, night, tmp_path):
     second = tmp_path / "gpu1"
     git(night.folder, "worktree", "add", "-q", "-b", "autoresearch/mar5-gpu1", str(second), night.names[0])
     rows = "aaaaaaa\t1.5\t1.0\tkeep\tbaseline\nbbbbbbb\t1.4\t1.0\tkeep\tidea\n"
     (second / "results.tsv").write_text(HEADER + rows)
-    won = morning(folder=night.folder)["What was won?"]
+    won = execute(kernel, night.folder)["What was won?"]
     git(night.folder, "worktree", "remove", "--force", str(second))
     assert "mar5: val_bpb fell from 1.001000" in won
     assert "mar5-gpu1: val_bpb fell from 1.500000 to 1.400000" in won
