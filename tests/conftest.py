@@ -38,6 +38,12 @@ subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 import prepare  # noqa: E402
 
 TINY = prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40)
+HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"  # of results.tsv
+
+
+def git(folder: Path, *args: str, stdin: str | None = None) -> str:
+    """What git prints there; raises where it fails."""
+    return subprocess.check_output(["git", *args], cwd=folder, env=GIT_ENV, input=stdin, text=True).strip()
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,15 @@
 import math
 import re
 import statistics
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import GIT_ENV, ROOT
+from conftest import HEADER, ROOT, git
 from jupyter_client import KernelManager
 from nbclient import NotebookClient
 
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 NOTHING = "No run is in any results.tsv here yet"
 
 
@@ -54,13 +52,6 @@ def morning(kernel, tmp_path):
     return show
 
 
-def git(folder: Path, *args: str, stdin: str | None = None) -> str:
-    done = subprocess.run(
-        ["git", *args], cwd=folder, env=GIT_ENV, input=stdin, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
-
-
 def table(*rows: tuple) -> str:
     return HEADER + "".join(
         f"{commit}\t{value}\t1.0\t{status}\t{text}\n" for commit, value, status, text in rows
@@ -96,7 +87,7 @@ def test_crashes_only_and_crashes_first(morning):
 
 
 def test_nothing_kept(morning):
-    shown = morning(HEADER + "aaaaaaa\t1.5\t1.0\tdiscard\tbaseline\nbbbbbbb\t1.6\t1.0\tdiscard\tworse\n")
+    shown = morning(table(("aaaaaaa", 1.5, "discard", "baseline"), ("bbbbbbb", 1.6, "discard", "worse")))
     assert "No change was kept" in shown["What stands out of the noise?"]
     assert "no other train.py" in shown["The night's train.py against the start"]
 
@@ -263,8 +254,8 @@ def test_picture_is_saved_and_large_enough_to_read(night):
 def test_other_worktrees_of_the_repository_have_their_part(kernel, night, tmp_path):
     second = tmp_path / "gpu1"
     git(night.folder, "worktree", "add", "-q", "-b", "autoresearch/mar5-gpu1", str(second), night.names[0])
-    rows = "aaaaaaa\t1.5\t1.0\tkeep\tbaseline\nbbbbbbb\t1.4\t1.0\tkeep\tidea\n"
-    (second / "results.tsv").write_text(HEADER + rows)
+    rows = table(("aaaaaaa", 1.5, "keep", "baseline"), ("bbbbbbb", 1.4, "keep", "idea"))
+    (second / "results.tsv").write_text(rows)
     won = execute(kernel, night.folder)["What was won?"]
     git(night.folder, "worktree", "remove", "--force", str(second))
     assert "mar5: val_bpb fell from 1.001000" in won

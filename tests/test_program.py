@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import GIT_ENV, ROOT
+from conftest import GIT_ENV, HEADER, ROOT, git
 
 PROGRAM = (ROOT / "program.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PROGRAM, re.DOTALL | re.MULTILINE)
@@ -28,8 +28,6 @@ INLINE = [
     " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PROGRAM, flags=re.S))
 ]
 SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # Debian's sh is dash, macOS's is bash
-
-HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"
 
 STUB = """
 import faulthandler, os, sys, time
@@ -111,7 +109,7 @@ class Night:
         return self.sh(LOAD + command)
 
     def git(self, *args: str) -> str:
-        return subprocess.check_output(["git", *args], cwd=self.folder, env=self.env, text=True).strip()
+        return git(self.folder, *args)
 
     def setup(self) -> "Night":
         done = self.sh(SETUP)
