@@ -15,15 +15,15 @@ STARTED = time.time()
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import ctypes
 import gc
-import itertools
 import math
 import platform
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare.py has fetched all there is to fetch
@@ -34,23 +34,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from prepare import (
-    ATTENTION_KERNEL,
-    DEVICE,
-    KERNEL_PATH,
-    MAX_SEQ_LEN,
-    SCALE,
-    Tokenizer,
-    check_model,
-    clock,
-    evaluate_bpb,
-    first_line,
-    from_environment,
-    harness_digest,
-    make_dataloader,
-    prepared,
-    stop,
-)
+import prepare
+from prepare import DEVICE, MAX_SEQ_LEN, SCALE, Tokenizer, clock, evaluate_bpb, make_dataloader, stop
 
 # ---------------------------------------------------------------------------
 # Hyperparameters, each for the two scales of prepare.py
@@ -62,67 +47,64 @@ def by_scale(full, small):
 
 
 # model
-DEPTH = by_scale(9, 4)
+DEPTH = by_scale(9, 3)  # a CPU is short of arithmetic: a fourth layer costs more tokens than it is worth
 N_EMBD = by_scale(512, 256)
 HEAD_DIM = 128
 N_KV_HEAD = N_EMBD // HEAD_DIM  # fewer than the N_EMBD / HEAD_DIM query heads: grouped-query attention
 WINDOW_PATTERN = by_scale("SSSSL", "L")  # repeated over the layers: S sees SHORT_WINDOW tokens back, L all
 SHORT_WINDOW = by_scale(256, 64)
-ROPE_BASE = by_scale(200_000, 10_000)
+ROPE_BASE = by_scale(200_000, 10_000)  # more for longer sequences
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
+BIGRAM_ROWS = by_scale(2**17, 0)  # rows of a value embedding for hashed pairs of tokens; too slow for a CPU
+CONV_TAPS = by_scale(0, 3)  # earlier tokens that the convolution before an MLP sees; not measured at full
 GATE_CHANNELS = 32  # of the input, that decide how much of a value embedding comes in
-INIT_SCALE = by_scale(0.68, 1.0)  # of Q, K, V, the MLP's first matrix and the value embeddings
+INIT_SCALE = by_scale(0.68, 1.0)  # of Q, K, V and the MLP's first matrix
 X0_INIT = by_scale(0.05, 0.1)  # share of the embedding that every layer gets back at first
 
 # batch
-TOTAL_BATCH_SIZE = by_scale(2**18, 2**14)  # tokens per optimizer step
-DEVICE_BATCH_SIZE = by_scale(64, 32)  # rows per forward pass; halves itself when memory runs out
+TOTAL_BATCH_SIZE = by_scale(2**18, 2**13)  # tokens per optimizer step; a short run needs steps
+DEVICE_BATCH_SIZE = by_scale(64, 16)  # rows per forward pass; halves itself when memory runs out
 
-# optimizer; Adam's rates are for a width of 768 and grow as (N_EMBD / 768) ** -0.5
+# optimizer; the rates of embeddings and head are for a width of 768 and grow as (N_EMBD / 768) ** -0.5
 EMBEDDING_LR = by_scale(0.9, 0.6)
 UNEMBEDDING_LR = by_scale(0.005, 0.004)
 MATRIX_LR = 0.04
 SCALAR_LR = 0.5
+CONV_LR = 0.02
 ADAM_BETAS = (0.8, 0.95)
 WEIGHT_DECAY = 0.2  # of Muon's matrices, down to zero over the run
-HEAD_WEIGHT_DECAY = by_scale(0.01, 0.0)
-EMBEDDING_WEIGHT_DECAY = by_scale(0.001, 0.0)
-VALUE_EMBEDDING_WEIGHT_DECAY = by_scale(0.003, 0.0)
+VE_WEIGHT_DECAY = by_scale(0.003, 0.0)  # of value embeddings
 MOMENTUM, MOMENTUM_START, MOMENTUM_STEPS = 0.95, 0.85, 200  # of Muon: from START over STEPS steps
 
 # schedule, in shares of the time budget
-WARMUP_RATIO = 0.0
-WARMDOWN_RATIO = by_scale(0.75, 0.5)
+WARMDOWN_RATIO = 0.75
 FINAL_LR_FRAC = by_scale(0.05, 0.0)
 
-SEED = from_environment("SEED", 1, int, 0, 2**31)
+SEED = prepare.from_environment("SEED", 1, int, 0, 2**31)
 SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for weights and configuration
-LOG_EVERY = 0.02  # of the budget
-CHECK_EVERY = 10  # steps between two looks at the loss
-SAMPLE_TOKENS = 64
+LOG_EVERY, CHECK_EVERY = 0.02, 10  # share of the budget between lines; steps between looks at the loss
 
-CPU = torch.cpu.get_capabilities() if DEVICE == "cpu" else {}
 if DEVICE == "cuda":
+    DEVICE_NAME = torch.cuda.get_device_name()
     FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
-elif DEVICE == "mps":
-    FAST_BF16 = torch.backends.mps.is_macos_or_newer(14, 0)
 else:
+    CPU = torch.cpu.get_capabilities()
+    DEVICE_NAME = f"{CPU.get('cpu_name') or platform.machine()} {DEVICE}, {torch.get_num_threads()} threads"
     FAST_BF16 = any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+if DEVICE == "mps":
+    FAST_BF16 = torch.backends.mps.is_macos_or_newer(14, 0)
 COMPUTE_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32  # of activations; parameters are float32
 
 # ---------------------------------------------------------------------------
-# Attention: three backends, one function
+# Attention: four backends, one function
 #
 # attend(q, k, v, window) takes q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) and gives
 # (B, T, n_head, head_dim). A token sees itself and `window` tokens before it, as in FlashAttention-3.
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
-
 
 def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """PyTorch's scaled_dot_product_attention, on any device."""
-    T = q.size(1)
-    mask = None
+    T, mask = q.size(1), None
     if window < T - 1:
         back = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
         mask = (back >= 0) & (back <= window)
@@ -132,14 +114,25 @@ def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return y.transpose(1, 2)
 
 
-def flex_backend(windows: set[int], T: int) -> Attend:
+def blocked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Blocks of queries against the keys that they see. On a CPU, compiled, faster than SDPA's own kernel."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    outputs = []
+    for start in range(0, q.size(2), 128):
+        first, end = max(0, start - window), min(start + 128, q.size(2))
+        back = torch.arange(start, end)[:, None] - torch.arange(first, end)
+        scores = q[:, :, start:end] @ k[:, :, first:end].mT * q.size(-1) ** -0.5
+        scores = scores.masked_fill((back < 0) | (back > window), -torch.inf)
+        outputs.append(torch.softmax(scores, dim=-1) @ v[:, :, first:end])
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def flex_backend(windows: set[int], T: int) -> Callable:
     """FlexAttention, which skips what the window hides. Fast when compiled only; masks are built once."""
 
     def block_mask(window: int):
-        def visible(b, h, q, k):
-            return (q >= k) & (q - k <= window)
-
-        return create_block_mask(visible, None, None, T, T, device=DEVICE)
+        return create_block_mask(lambda b, h, q, k: (q >= k) & (q - k <= window), None, None, T, T, DEVICE)
 
     masks = {window: block_mask(window) for window in windows if window < T - 1}
 
@@ -147,19 +140,18 @@ def flex_backend(windows: set[int], T: int) -> Attend:
         if window not in masks or q.size(1) != T or not torch.compiler.is_compiling():
             return sdpa_attention(q, k, v, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.size(1) != k.size(1)
-        return flex_attention(q, k, v, block_mask=masks[window], enable_gqa=grouped).transpose(1, 2)
+        return flex_attention(q, k, v, block_mask=masks[window], enable_gqa=True).transpose(1, 2)
 
     return attend
 
 
-def fa3_backend() -> Attend:
+def fa3_backend() -> Callable:
     """FlashAttention-3, as prepare.py has fetched it."""
     from kernels import get_kernel
 
-    repo, version = ATTENTION_KERNEL
-    if KERNEL_PATH.exists():  # the path that prepare.py has noted
-        os.environ.setdefault("LOCAL_KERNELS", f"{repo}={KERNEL_PATH.read_text()}")
+    repo, version = prepare.ATTENTION_KERNEL
+    if prepare.KERNEL_PATH.exists():  # the path that prepare.py has noted
+        os.environ.setdefault("LOCAL_KERNELS", f"{repo}={prepare.KERNEL_PATH.read_text()}")
     flash = get_kernel(repo, version=version)
     flash = getattr(flash, "flash_attn_interface", flash)
 
@@ -169,25 +161,23 @@ def fa3_backend() -> Attend:
     return attend
 
 
-def probe_attention(name: str, attend: Attend, windows: set[int], T: int, compiled: bool) -> None:
+def probe_attention(name: str, attend: Callable, windows: set[int], T: int, compiled: bool) -> None:
     """Raise whatever goes wrong in a forward and a backward pass, wrong results included."""
     if compiled:  # a graph break would hide that FlexAttention fails
         attend = torch.compile(attend, dynamic=False, fullgraph=name == "flex")
+    like = {"device": DEVICE, "dtype": COMPUTE_DTYPE, "requires_grad": True}
     for window in windows:
-        heads = (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)
-        qkv = [torch.randn(1, T, n, HEAD_DIM, device=DEVICE, dtype=COMPUTE_DTYPE) for n in heads]
-        results = []
-        for function in (attend, sdpa_attention):
-            leaves = [x.clone().requires_grad_() for x in qkv]
-            y = function(*leaves, window)
-            results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-        for ours, theirs in zip(*results, strict=True):
-            if not (ours - theirs).float().norm() < 0.02 * theirs.float().norm():
-                raise RuntimeError("its results differ from scaled_dot_product_attention")
+        qkv = [torch.randn(1, T, n, HEAD_DIM, **like) for n in (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)]
+        outputs = [function(*qkv, window) for function in (attend, sdpa_attention)]
+        results = ([y, *torch.autograd.grad(y.square().sum(), qkv)] for y in outputs)
+        if not all((a - b).float().norm() < 0.02 * b.float().norm() for a, b in zip(*results, strict=True)):
+            raise RuntimeError("its results differ from scaled_dot_product_attention")
 
 
-def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Attend]:
+def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Callable]:
     """The fastest backend that works here, and its name; on CUDA it says in a line why another does not."""
+    if DEVICE == "cpu" and compiled:
+        return "blocked", blocked_attention
     backends = {}
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] in (8, 9):
         backends["fa3"] = fa3_backend
@@ -199,7 +189,7 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Atte
             probe_attention(name, attend, windows, T, compiled)
             return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch: the cure is the same
-            print(f"attention: {name} cannot be used here ({first_line(error)})", flush=True)
+            print(f"attention: {name} cannot be used here ({prepare.first_line(error)})", flush=True)
     return "sdpa", sdpa_attention
 
 
@@ -220,9 +210,8 @@ class GPTConfig:
 
     def windows(self) -> list[int]:
         """Tokens that each layer sees before the current one; the last layer always sees all."""
-        spans = {"S": self.short_window, "L": self.sequence_len}
-        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)]
-        return [spans[letter] for letter in pattern] + [self.sequence_len]
+        pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
+        return [self.short_window if letter == "S" else self.sequence_len for letter in pattern]
 
     def has_value_embedding(self, layer: int) -> bool:
         """Every other layer, the last one included."""
@@ -243,6 +232,11 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def shift(x: torch.Tensor, steps: int = 1) -> torch.Tensor:
+    """x (B, T, ...) moved `steps` tokens later, with zeros before it."""
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (steps, 0))[:, : x.size(1)]
+
+
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """RoPE (arXiv 2104.09864) on x (B, T, n_head, head_dim); cos and sin are (1, T, 1, head_dim / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -252,7 +246,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention (2305.13245) with QK-norm (2010.04245) and value residuals (2410.17897)."""
 
-    def __init__(self, config: GPTConfig, layer: int, attend: Attend):
+    def __init__(self, config: GPTConfig, layer: int, attend: Callable):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         self.head_dim = config.n_embd // config.n_head
@@ -261,60 +255,55 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd)
-        self.ve_gate = Linear(GATE_CHANNELS, self.n_kv_head) if config.has_value_embedding(layer) else None
+        n_gates = self.n_kv_head * (2 if BIGRAM_ROWS else 1)
+        self.ve_gate = Linear(GATE_CHANNELS, n_gates) if config.has_value_embedding(layer) else None
 
     def forward(self, x, ve, cos, sin):
         B, T, C = x.size()
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        k, previous = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim).chunk(2, dim=-1)
+        k = torch.cat([k, shift(previous)], dim=-1)  # so that one layer can find what followed a token before
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
         if ve is not None:
-            gate = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, n_kv_head), 1 at first
-            v = v + gate.unsqueeze(-1) * ve.view_as(v)
+            gates = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS])).view(B, T, -1, self.n_kv_head, 1)
+            v = v + (gates * ve.view(B, T, -1, self.n_kv_head, self.head_dim)).sum(2)
         q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
         y = self.attend(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
 
-class MLP(nn.Module):
-    """ReLU^2 with four times the width inside."""
+class Block(nn.Module):
+    """Attention, then a ReLU^2 MLP behind a causal convolution (Primer, arXiv 2109.08668), by channel."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int, attend: Callable):
         super().__init__()
+        self.attn = CausalSelfAttention(config, layer, attend)
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
 
-    def forward(self, x):
-        return self.c_proj(F.relu(self.c_fc(x)).square())
-
-
-class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int, attend: Attend):
-        super().__init__()
-        self.attn = CausalSelfAttention(config, layer, attend)
-        self.mlp = MLP(config)
-
-    def forward(self, x, ve, cos, sin):
+    def forward(self, x, ve, taps, cos, sin):
         x = x + self.attn(norm(x), ve, cos, sin)
-        return x + self.mlp(norm(x))
+        h = norm(x)
+        h = h + sum(tap * shift(h, steps) for steps, tap in enumerate(taps.to(x.dtype), 1))
+        return x + self.c_proj(F.relu(self.c_fc(h)).square())
 
 
 class GPT(nn.Module):
     """model(idx) gives logits (B, T, vocab_size) of idx (B, T); model(idx, targets) gives the mean loss."""
 
-    def __init__(self, config: GPTConfig, attend: Attend = sdpa_attention):
+    def __init__(self, config: GPTConfig, attend: Callable = sdpa_attention):
         super().__init__()
         self.config = config
         kv_dim = config.n_embd // config.n_head * config.n_kv_head
         layers = range(config.n_layer)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList([Block(config, i, attend) for i in layers])
-        self.value_embeds = nn.ModuleDict(
-            {str(i): nn.Embedding(config.vocab_size, kv_dim) for i in layers if config.has_value_embedding(i)}
-        )
+        rows, has_ve = config.vocab_size + BIGRAM_ROWS, config.has_value_embedding
+        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_dim) for i in layers if has_ve(i)})
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), X0_INIT))
+        self.conv_taps = nn.Parameter(torch.zeros(config.n_layer, CONV_TAPS, config.n_embd))
         half = config.n_embd // config.n_head // 2
         frequency = ROPE_BASE ** -(torch.arange(half) / half)
         angle = torch.outer(torch.arange(config.sequence_len), frequency)[None, :, None, :]
@@ -324,52 +313,46 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Output projections and gates start at zero, so every block starts as the identity."""
+        """Output projections, gates and value embeddings start at zero, so every block is the identity."""
         bound = INIT_SCALE * math.sqrt(3 / self.config.n_embd)  # a standard deviation of n_embd ** -0.5
-        nn.init.normal_(self.wte.weight, std=1.0)
         nn.init.normal_(self.lm_head.weight, std=0.001)
-        for block in self.blocks:
-            for linear in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
-                nn.init.uniform_(linear.weight, -bound, bound)
-            for linear in (block.attn.c_proj, block.mlp.c_proj, block.attn.ve_gate):
-                if linear is not None:
-                    nn.init.zeros_(linear.weight)
-        for embedding in self.value_embeds.values():
-            nn.init.uniform_(embedding.weight, -bound, bound)
+        for name, weight in self.named_parameters():
+            if re.search("c_q|c_k|c_v|c_fc", name):
+                nn.init.uniform_(weight, -bound, bound)
+            elif re.search("c_proj|gate|value_embeds", name):
+                nn.init.zeros_(weight)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         cos, sin = self.cos[:, : idx.size(1)], self.sin[:, : idx.size(1)]
         x = x0 = norm(self.wte(idx).to(COMPUTE_DTYPE))  # (B, T, n_embd)
+        ve_idx = idx.unsqueeze(-1)  # (B, T, 1), or 2 with the row of the hashed bigram
+        if BIGRAM_ROWS:
+            bigram = (shift(idx) * 36313 ^ idx * 27191) % BIGRAM_ROWS
+            ve_idx = torch.stack([idx, self.config.vocab_size + bigram], dim=-1)
         for i, block in enumerate(self.blocks):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
-            ve = self.value_embeds[str(i)](idx).to(x.dtype) if str(i) in self.value_embeds else None
-            x = block(x, ve, cos, sin)
+            ve = self.value_embeds[str(i)](ve_idx).to(x.dtype) if str(i) in self.value_embeds else None
+            x = block(x, ve, self.conv_taps[i], cos, sin)
         logits = self.lm_head(norm(x)).float()  # (B, T, vocab_size)
-        logits = SOFTCAP * torch.tanh(logits / SOFTCAP)
+        logits = logits * torch.rsqrt(1 + (logits / SOFTCAP).square())  # as tanh does, at a fifth of the cost
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def param_groups(self) -> list[dict]:
         """Groups for MuonAdamW: the blocks' matrices by shape, and all else for AdamW."""
-        scale = (self.config.n_embd / 768) ** -0.5
-
-        def adamw(params, lr, weight_decay=0.0, betas=ADAM_BETAS):
-            return {"kind": "adamw", "params": params, "lr": lr, "weight_decay": weight_decay, "betas": betas}
-
+        lr, head_lr = (rate * (self.config.n_embd / 768) ** -0.5 for rate in (EMBEDDING_LR, UNEMBEDDING_LR))
         shapes = {}
         for matrix in self.blocks.parameters():
             shapes.setdefault(matrix.shape, []).append(matrix)
         return [
-            adamw([self.lm_head.weight], UNEMBEDDING_LR * scale, HEAD_WEIGHT_DECAY),
-            adamw([self.wte.weight], EMBEDDING_LR * scale, EMBEDDING_WEIGHT_DECAY),
-            adamw(list(self.value_embeds.parameters()), EMBEDDING_LR * scale, VALUE_EMBEDDING_WEIGHT_DECAY),
-            adamw([self.resid_lambdas], SCALAR_LR * 0.01),
-            adamw([self.x0_lambdas], SCALAR_LR, betas=(0.96, 0.95)),
-            *(
-                {"kind": "muon", "params": params, "lr": MATRIX_LR, "weight_decay": WEIGHT_DECAY}
-                for params in shapes.values()
-            ),
+            {"params": [self.lm_head.weight], "lr": head_lr},
+            {"params": [self.wte.weight], "lr": lr},
+            {"params": self.value_embeds.parameters(), "lr": lr, "weight_decay": VE_WEIGHT_DECAY},
+            {"params": [self.resid_lambdas], "lr": SCALAR_LR * 0.01},
+            {"params": [self.x0_lambdas], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
+            {"params": [self.conv_taps], "lr": CONV_LR},
+            *({"kind": "muon", "params": params, "lr": MATRIX_LR} for params in shapes.values()),
         ]
 
     def flops_per_token(self) -> float:
@@ -404,90 +387,84 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def adamw_update(params, grads, firsts, seconds, lr, weight_decay, bias1, bias2, beta1, beta2, eps) -> None:
-    """AdamW (arXiv 1711.05101) in place; `bias1` and `bias2` are 1 - beta ** step."""
+def adamw_update(params, grads, firsts, seconds, lr, decay, beta1, beta2) -> None:
+    """AdamW (arXiv 1711.05101) in place; `lr` holds the correction of both moments' bias."""
     for p, g, first, second in zip(params, grads, firsts, seconds, strict=True):
         first.lerp_(g, 1 - beta1)
         second.lerp_(g.square(), 1 - beta2)
-        p.mul_(1 - lr * weight_decay)
-        p.sub_(lr * (first / bias1) / ((second / bias2).sqrt() + eps))
+        p.mul_(1 - decay).sub_(lr * first / (second.sqrt() + 1e-10))
 
 
-def muon_update(params, grads, velocity, second, lr, weight_decay, momentum, beta2) -> None:
+def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> None:
     """Muon (arXiv 2502.16982) in place, with NorMuon (2510.05491) and cautious decay (2510.12402).
 
     K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n).
     """
     g = torch.stack(grads)
-    velocity.mul_(momentum).add_(g * (1 - momentum))
-    g = orthogonalize(g * (1 - momentum) + velocity * momentum).float()  # Nesterov
+    velocity.lerp_(g, 1 - momentum)
+    g = orthogonalize(g.lerp(velocity, momentum)).float()  # Nesterov
     # even out the neurons' step sizes by their running mean square; keep each matrix's norm
     square = g.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)
     second.lerp_(square, 1 - beta2)
     scale = second.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale.square()))
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
-    lr = lr * max(1, g.size(-2) / g.size(-1)) ** 0.5
+    factor = max(1, g.size(-2) / g.size(-1)) ** 0.5
     for p, u in zip(params, g.unbind(), strict=True):
-        p.sub_(lr * (u + weight_decay * p * (u * p >= 0)))  # decay only where the step shrinks the weight too
+        p.sub_(factor * (lr * u + decay * p * (u * p >= 0)))  # decay only where the step shrinks p too
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Groups of kind "muon" hold matrices of one shape; groups of kind "adamw" hold anything.
 
-    One compiled graph does all groups. lr, weight_decay and momentum may change at every step: they reach it
-    as 0-D tensors.
+    One compiled graph does all groups. lr, weight_decay and the first beta, Muon's momentum, may change
+    at every step: they reach it as 0-D tensors.
     """
 
     def __init__(self, groups: list[dict], compiled: bool = True):
-        super().__init__(groups, {"betas": ADAM_BETAS, "eps": 1e-10, "momentum": MOMENTUM, "beta2": 0.95})
-        compiler = torch.compile(dynamic=False, fullgraph=True) if compiled else lambda function: function
-        self.update = compiler(self.update_all)
-        self.scalars = [{} for _ in self.param_groups]
+        super().__init__(groups, {"kind": "adamw", "betas": ADAM_BETAS, "weight_decay": 0.0})
+        self.run = torch.compile(self.run, dynamic=False, fullgraph=True) if compiled else self.run
 
     @staticmethod
-    def update_all(jobs: list[tuple]) -> None:
-        for kind, tensors, scalars, constants in jobs:
-            (muon_update if kind == "muon" else adamw_update)(*tensors, **scalars, **constants)
-
-    def job(self, group: dict, scalars: dict[str, torch.Tensor]) -> tuple:
-        """What update_all needs to know of one group; makes its state when it is missing."""
-        params = group["params"]
-        state = self.state[params[0]]
-        if group["kind"] == "muon":
-            if not state:
-                m, n = params[0].shape
-                state["velocity"] = torch.zeros_like(torch.stack(params))
-                state["second"] = params[0].new_zeros((len(params), m, 1) if m >= n else (len(params), 1, n))
-            values = {"momentum": group["momentum"]}
-            constants = {"beta2": group["beta2"]}
-            moments = (state["velocity"], state["second"])
-        else:
-            if not state:
-                state["step"] = 0
-                state["first"], state["second"] = ([torch.zeros_like(p) for p in params] for _ in range(2))
-            state["step"] += 1
-            beta1, beta2 = group["betas"]
-            values = {"bias1": 1 - beta1 ** state["step"], "bias2": 1 - beta2 ** state["step"]}
-            constants = {"beta1": beta1, "beta2": beta2, "eps": group["eps"]}
-            moments = (state["first"], state["second"])
-        for name, value in {"lr": group["lr"], "weight_decay": group["weight_decay"], **values}.items():
-            scalars.setdefault(name, torch.zeros(())).fill_(value)
-        return group["kind"], (params, [p.grad for p in params], *moments), scalars, constants
+    def run(jobs: list[tuple]) -> None:
+        for kind, *arguments in jobs:
+            (muon_update if kind == "muon" else adamw_update)(*arguments)
 
     @torch.no_grad()
     def step(self) -> None:
-        self.update([self.job(*pair) for pair in zip(self.param_groups, self.scalars, strict=True)])
+        jobs = []
+        for group in self.param_groups:
+            kind, lr, (beta1, beta2) = group["kind"], group["lr"], group["betas"]
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:  # as with CONV_TAPS = 0
+                continue
+            state = self.state[params[0]]
+            if not state:
+                state["step"], state["scalars"] = 0, torch.zeros(3).unbind()
+                state["first"], state["second"] = ([torch.zeros_like(p) for p in params] for _ in range(2))
+                if kind == "muon":
+                    m, n = params[0].shape
+                    state["first"] = torch.stack(state["first"])
+                    state["second"] = state["first"].mean(-1 if m >= n else -2, keepdim=True)
+            state["step"] += 1
+            if kind == "adamw":  # the moments begin at zero: undo that bias
+                lr *= (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
+            values = (lr, group["lr"] * group["weight_decay"], beta1)
+            for scalar, value in zip(state["scalars"], values, strict=True):
+                scalar.fill_(value)
+            grads = [p.grad for p in params]
+            jobs.append((kind, params, grads, state["first"], state["second"], *state["scalars"], beta2))
+        self.run(jobs)
 
 
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
     """Set rates, decay and momentum for a step. Returns the factor on the learning rates."""
-    factor = min(1.0, progress / WARMUP_RATIO if WARMUP_RATIO else 1.0)
-    factor *= min(1.0, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * (1 - progress) / WARMDOWN_RATIO)
+    factor = min(1.0, FINAL_LR_FRAC + (1 - FINAL_LR_FRAC) * (1 - progress) / WARMDOWN_RATIO)
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
         if group["kind"] == "muon":
-            group["momentum"] = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1, step / MOMENTUM_STEPS)
+            momentum = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * min(1, step / MOMENTUM_STEPS)
+            group["betas"] = (momentum, group["betas"][1])
             group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
     return factor
 
@@ -495,31 +472,15 @@ def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
 # ---------------------------------------------------------------------------
 # Training
 
-# dense bf16 FLOP/s by part of the GPU's name, from NVIDIA's data sheets
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "GB200": 2500e12}
-PEAK_FLOPS |= {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-PEAK_FLOPS |= {"L40S": 362e12, "RTX 3090": 71e12, "RTX 4090": 165e12, "RTX 5090": 209e12}
-
-
-def device_name() -> str:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{CPU.get('cpu_name') or platform.machine()} {DEVICE}, {torch.get_num_threads()} threads"
-
-
-def synchronize() -> None:
-    if DEVICE != "cpu":
-        getattr(torch, DEVICE).synchronize()
+# dense bf16 TFLOP/s by part of the GPU's name, from NVIDIA's data sheets
+PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H200 NVL": 835, "H100": 989, "H200": 989, "GB200": 2500}
+PEAK_TFLOPS |= {"B200": 2250, "A100": 312, "L40S": 362, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209}
 
 
 def peak_memory_mb() -> float:
     """Peak of the GPU's memory; without CUDA, of the process's."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
@@ -531,13 +492,11 @@ def can_compile() -> bool:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=DEVICE))
         return True
     except Exception as error:  # no C++ compiler, no Triton, no Python headers: each has a class of its own
-        print(f"torch.compile cannot be used ({first_line(error)}); running eagerly", flush=True)
+        print(f"torch.compile cannot be used ({prepare.first_line(error)}); running eagerly", flush=True)
         return False
 
 
-def train_step(
-    model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum: int
-) -> tuple[torch.Tensor, int]:
+def train_step(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum: int) -> tuple:
     """One optimizer step over `accum` batches. Returns the mean loss, on the device, and the epoch."""
     total = 0.0
     for _ in range(accum):
@@ -563,10 +522,11 @@ def rehearse(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer, B: in
     tensors = [*model.parameters(), *model.buffers()]
     saved = [tensor.detach().clone() for tensor in tensors]
     tokens = torch.randint(tokenizer.get_vocab_size(), (2, B, MAX_SEQ_LEN), device=DEVICE)
+    accum = grad_accum_steps(B)
     try:
         for _ in range(2):
-            train_step(model, optimizer, itertools.repeat((*tokens, 1)), grad_accum_steps(B))
-        check_model(model, tokenizer, B)
+            train_step(model, optimizer, iter([(*tokens, 1)] * accum), accum)
+        prepare.check_model(model, tokenizer, B)
     finally:
         with torch.no_grad():
             torch._foreach_copy_(tensors, saved)
@@ -588,8 +548,7 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
         B //= 2  # out of the handler, so that what the failed attempt held can be freed
         torch._dynamo.reset()
         gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         print(f"out of memory: device batch halved to {B} rows", flush=True)
 
 
@@ -597,7 +556,7 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
 def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
     """A short text from the model, begun at BOS."""
     ids = [tokenizer.get_bos_token_id()]
-    for _ in range(SAMPLE_TOKENS):
+    for _ in range(64):
         logits = model(torch.tensor([ids], device=DEVICE))[0, -1]
         ids.append(torch.multinomial(torch.softmax(logits.float() / 0.8, dim=-1), 1).item())
     return tokenizer.decode(ids[1:])
@@ -605,10 +564,13 @@ def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
 
 def main() -> None:
     """Train, evaluate and print the summary."""
-    if SAVE and (Path(SAVE).is_dir() or not Path(SAVE).absolute().parent.is_dir()):
+    if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(os.path.dirname(os.path.abspath(SAVE)))):
         stop(f"AUTORESEARCH_SAVE={SAVE} is no file in a folder that exists; make the folder, name a file")
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
+    if DEVICE == "cpu" and sys.platform == "linux":
+        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory waits for the next step
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
     tokenizer = Tokenizer.from_directory()
     make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train")  # bad data shows before compiling
 
@@ -618,46 +580,38 @@ def main() -> None:
     raw_model = GPT(config, attend).to(DEVICE)
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    n_params = sum(p.numel() for p in raw_model.parameters())
-    print(f"{device_name()}, {attention} attention, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
+    print(f"{DEVICE_NAME}, {attention} attention, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
     B = fit_batch(model, optimizer, tokenizer)
 
-    peak_flops = next((f for name, f in PEAK_FLOPS.items() if name in device_name()), None)
+    peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in DEVICE_NAME), None)
 
     def mfu(tokens: int, seconds: float) -> str:
-        flops = raw_model.flops_per_token() * tokens / seconds
-        return f"{100 * flops / peak_flops:.2f}" if peak_flops else "n/a"
+        tflops = raw_model.flops_per_token() * tokens / seconds / 1e12
+        return f"{100 * tflops / peak:.2f}" if peak else "n/a"
 
     batches = make_dataloader(tokenizer, B, MAX_SEQ_LEN, "train")
     gc.collect()
+    gc.freeze()
+    gc.disable()  # no collection in the middle of a step
     startup_seconds = time.time() - STARTED
-    step, losses, next_log = 0, [], 0.0
+    step, next_log = 0, 0.0
     while clock.progress() < 1:
         factor = schedule(optimizer, step, clock.progress())
         loss, epoch = train_step(model, optimizer, batches, grad_accum_steps(B))
-        losses.append(loss)
         step += 1
-        if step == 1:
-            gc.freeze()
-            gc.disable()
         log = clock.progress() >= next_log
-        if log or step % CHECK_EVERY == 0:
-            mean_loss = torch.stack(losses).mean().item()
-            losses.clear()
-            if not mean_loss < 3 * math.log(config.vocab_size):  # NaN too
-                print(f"FAIL: the loss is {mean_loss:.2f} at step {step}", flush=True)
-                sys.exit(1)
+        if (log or step % CHECK_EVERY == 0) and not loss.item() < 3 * math.log(config.vocab_size):  # NaN too
+            sys.exit(f"FAIL: the loss is {loss:.2f} at step {step}")
         if log:
             next_log += LOG_EVERY
             tokens, seconds = step * TOTAL_BATCH_SIZE, clock.elapsed()
             print(
-                f"step {step:05d} | {100 * clock.progress():5.1f}% | loss {mean_loss:.4f} | lr x{factor:.2f} "
+                f"step {step:05d} | {100 * clock.progress():5.1f}% | loss {loss:.4f} | lr x{factor:.2f} "
                 f"| {tokens / seconds / 1e3:,.0f}k tok/s | mfu {mfu(tokens, seconds)} | epoch {epoch}",
                 flush=True,
             )
-        if clock.progress() > 0.98:
-            synchronize()  # so that no more than one step is under way when the time is up
-    synchronize()
+        if DEVICE != "cpu" and clock.progress() > 0.98:
+            torch.accelerator.synchronize()  # so that no step is under way when the time is up
     training_seconds = clock.elapsed()
 
     evaluated = time.time()
@@ -666,7 +620,9 @@ def main() -> None:
     try:
         print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that scores well but cannot take a short text keeps its score
-        print(f"sample: none ({first_line(error)})")
+        print(f"sample: none ({prepare.first_line(error)})")
+    if epoch > 1:
+        print(f"some text was read more than once (epoch {epoch}); with more of it, bigrams overfit less")
     print("---")
     print(f"val_bpb:          {val_bpb:.6f}")
     print(f"training_seconds: {training_seconds:.1f}")
@@ -675,22 +631,19 @@ def main() -> None:
     print(f"mfu_percent:      {mfu(step * TOTAL_BATCH_SIZE, training_seconds)}")
     print(f"total_tokens_M:   {step * TOTAL_BATCH_SIZE / 1e6:.1f}")
     print(f"num_steps:        {step}")
-    print(f"num_params_M:     {n_params / 1e6:.1f}")
+    print(f"num_params_M:     {sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f}")
     print(f"depth:            {config.n_layer}")
     print(f"startup_seconds:  {startup_seconds:.1f}")
     print(f"eval_seconds:     {eval_seconds:.1f}")
     print(f"seed:             {SEED}")
-    print(f"device:           {device_name()}")
+    print(f"device:           {DEVICE_NAME}")
     print(f"attention:        {attention}")
-    print(f"source:           {prepared()[1]['source']}")
+    print(f"source:           {prepare.prepared()[1]['source']}")
     print(f"epochs:           {epoch}")
-    print(f"harness:          {harness_digest(tokenizer)}", flush=True)
+    print(f"harness:          {prepare.harness_digest(tokenizer)}", flush=True)
     if SAVE:
-        try:
-            torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
-            os.replace(SAVE + ".part", SAVE)
-        except (OSError, RuntimeError) as error:
-            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({first_line(error)})")
+        torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
+        os.replace(SAVE + ".part", SAVE)
 
 
 if __name__ == "__main__":
