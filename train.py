@@ -390,7 +390,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 def adamw_update(params, grads, firsts, seconds, lr, decay, beta1, beta2) -> None:
     """AdamW (arXiv 1711.05101) in place; `lr` holds the correction of both moments' bias."""
     for p, g, first, second in zip(params, grads, firsts, seconds, strict=True):
-        first.lerp_(g, 1 - beta1)
+        first.mul_(beta1).add_(g * (1 - beta1))
         second.lerp_(g.square(), 1 - beta2)
         p.mul_(1 - decay).sub_(lr * first / (second.sqrt() + 1e-10))
 
@@ -401,8 +401,8 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n).
     """
     g = torch.stack(grads)
-    velocity.lerp_(g, 1 - momentum)
-    g = orthogonalize(g.lerp(velocity, momentum)).float()  # Nesterov
+    velocity.mul_(momentum).add_(g * (1 - momentum))
+    g = orthogonalize(g * (1 - momentum) + velocity * momentum).float()  # Nesterov
     # even out the neurons' step sizes by their running mean square; keep each matrix's norm
     square = g.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)
     second.lerp_(square, 1 - beta2)
@@ -569,8 +569,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cpu" and sys.platform == "linux":
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: freed memory waits for the next step
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
+        for option, size in ((-1, 2**31 - 1), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, size)  # what a step frees waits for the next one
     tokenizer = Tokenizer.from_directory()
     make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train")  # bad data shows before compiling
 
