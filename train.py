@@ -97,7 +97,6 @@ COMPUTE_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32  # of activations
 
 # ---------------------------------------------------------------------------
 # Attention: four backends, one function
-#
 # attend(q, k, v, window) takes q (B, T, n_head, head_dim), k and v (B, T, n_kv_head, head_dim) and gives
 # (B, T, n_head, head_dim). A token sees itself and `window` tokens before it, as in FlashAttention-3.
 
@@ -601,7 +600,8 @@ def main() -> None:
         step += 1
         log = clock.progress() >= next_log
         if (log or step % CHECK_EVERY == 0) and not loss.item() < 3 * math.log(config.vocab_size):  # NaN too
-            sys.exit(f"FAIL: the loss is {loss:.2f} at step {step}")
+            print(f"FAIL: the loss is {loss:.2f} at step {step}", flush=True)
+            sys.exit(1)
         if log:
             next_log += LOG_EVERY
             tokens, seconds = step * TOTAL_BATCH_SIZE, clock.elapsed()
