@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import ctypes
 import gc
 import math
-import platform
 import re
 import resource
 import sys
@@ -89,7 +88,7 @@ if DEVICE == "cuda":
     FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
 else:
     CPU = torch.cpu.get_capabilities()
-    DEVICE_NAME = f"{CPU.get('cpu_name') or platform.machine()} {DEVICE}, {torch.get_num_threads()} threads"
+    DEVICE_NAME = f"{CPU.get('cpu_name') or os.uname().machine} {DEVICE}, {torch.get_num_threads()} threads"
     FAST_BF16 = any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 if DEVICE == "mps":
     FAST_BF16 = torch.backends.mps.is_macos_or_newer(14, 0)
@@ -568,7 +567,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     if DEVICE == "cpu" and sys.platform == "linux":
-        for option, size in ((-1, 2**31 - 1), (-3, 2**26)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        for option, size in ((-1, 2**31 - 1), (-3, 2**25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(option, size)  # what a step frees waits for the next one
     tokenizer = Tokenizer.from_directory()
     make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN, "train")  # bad data shows before compiling
@@ -613,10 +612,8 @@ def main() -> None:
         if DEVICE != "cpu" and clock.progress() > 0.98:
             torch.accelerator.synchronize()  # so that no step is under way when the time is up
     training_seconds = clock.elapsed()
-
-    evaluated = time.time()
     val_bpb = evaluate_bpb(model, tokenizer, B)
-    eval_seconds = time.time() - evaluated
+    eval_seconds = clock.elapsed() - training_seconds
     try:
         print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that scores well but cannot take a short text keeps its score
@@ -642,8 +639,11 @@ def main() -> None:
     print(f"epochs:           {epoch}")
     print(f"harness:          {prepare.harness_digest(tokenizer)}", flush=True)
     if SAVE:
-        torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
-        os.replace(SAVE + ".part", SAVE)
+        try:
+            torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
+            os.replace(SAVE + ".part", SAVE)
+        except (OSError, RuntimeError) as error:
+            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.first_line(error)})")
 
 
 if __name__ == "__main__":

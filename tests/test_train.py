@@ -727,6 +727,13 @@ def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(script, tmp_pa
     assert code == 1 and err.startswith("error: AUTORESEARCH_SAVE=") and not out
 
 
+def test_weights_that_cannot_be_written_are_told_after_the_score(script, tmp_path):
+    (tmp_path / "model.pt.part").mkdir()
+    code, out, err = script.run(AUTORESEARCH_SAVE=str(tmp_path / "model.pt"), **EAGER)
+    assert code == 1 and float(summary(out)["val_bpb"]) > 1
+    assert err.startswith("error: AUTORESEARCH_SAVE=") and err.count("\n") == 1
+
+
 def test_ctrl_c_ends_training_at_once_with_130(script):
     process = script.start(AUTORESEARCH_BUDGET="60", **EAGER)
     while not process.stdout.readline().startswith("step 0"):
