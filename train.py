@@ -331,11 +331,11 @@ class GPT(nn.Module):
             x = self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0
             ve = self.value_embeds[str(i)](ve_idx).to(x.dtype) if str(i) in self.value_embeds else None
             x = block(x, ve, self.conv_taps[i], cos, sin)
-        logits = self.lm_head(norm(x)).float()  # (B, T, vocab_size)
+        logits = self.lm_head(norm(x).flatten(0, 1)).float()  # flat: fuses with the loss, no float32 copy
         logits = logits * torch.rsqrt(1 + (logits / SOFTCAP).square())  # as tanh does, at a fifth of the cost
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return logits.view(*idx.shape, -1)  # (B, T, vocab_size)
+        return F.cross_entropy(logits, targets.flatten())
 
     def param_groups(self) -> list[dict]:
         """Groups for MuonAdamW: the blocks' matrices by shape, and all else for AdamW."""
