@@ -722,7 +722,7 @@ def score(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], tokenizer:
     for part in slices(logits):
         z, y = logits[part].float(), targets[part]
         loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
-        nats += (loss * (y != tokenizer.bos).flatten()).sum() + (0 * z).sum()  # 0 * inf is NaN
+        nats += (loss * (y != tokenizer.bos).flatten()).sum() + 0 * z.amin()  # 0 * inf is NaN
     return nats
 
 
@@ -758,7 +758,7 @@ def probe(model: nn.Module, inputs: torch.Tensor, tokenizer: Tokenizer) -> float
     def gap(changed: torch.Tensor, mask: torch.Tensor) -> float:
         """Largest difference from the base logits where the mask is set."""
         logits = get_logits(model, changed, vocab_size)
-        gaps = [((logits[s].float() - base[s]) * mask[s, :, None]).abs().amax() for s in slices(base)]
+        gaps = [((logits[s].float() - base[s]).norm(math.inf, -1) * mask[s]).amax() for s in slices(base)]
         largest = torch.stack(gaps).max().item()
         if not math.isfinite(largest):
             stop("the model gives logits that are not finite")

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large tensors on huge pages: fewer page faults on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare.py has fetched all there is to fetch
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # fewer tests of the compiler in every run
 
@@ -265,7 +266,7 @@ class CausalSelfAttention(nn.Module):
         if ve is not None:
             gates = 2 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS])).view(B, T, -1, self.n_kv_head, 1)
             v = v + (gates * ve.view(B, T, -1, self.n_kv_head, self.head_dim)).sum(2)
-        q, k = norm(apply_rotary(q, cos, sin)), norm(apply_rotary(k, cos, sin))
+        q, k = apply_rotary(norm(q), cos, sin), apply_rotary(norm(k), cos, sin)
         y = self.attend(q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
@@ -381,7 +382,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -393,10 +394,11 @@ def adamw_update(params, grads, firsts, seconds, lr, decay, beta1, beta2) -> Non
         p.mul_(1 - decay).sub_(lr * first / (second.sqrt() + 1e-10))
 
 
-def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> None:
-    """Muon (arXiv 2502.16982) in place, with NorMuon (2510.05491) and cautious decay (2510.12402).
+def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> torch.Tensor:
+    """Muon (arXiv 2502.16982) with NorMuon (2510.05491) and cautious decay (2510.12402).
 
-    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n).
+    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n), which change in
+    place. Returns what to subtract from the matrices, (K, m, n): as K updates in place it would be K kernels.
     """
     g = torch.stack(grads)
     velocity.mul_(momentum).add_(g * (1 - momentum))
@@ -407,9 +409,8 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     scale = second.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale.square()))
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
-    factor = max(1, g.size(-2) / g.size(-1)) ** 0.5
-    for p, u in zip(params, g.unbind(), strict=True):
-        p.sub_(factor * (lr * u + decay * p * (u * p >= 0)))  # decay only where the step shrinks p too
+    p, factor = torch.stack(params), max(1, g.size(-2) / g.size(-1)) ** 0.5
+    return factor * (lr * g + decay * p * (g * p >= 0))  # decay only where the step shrinks p too
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -424,9 +425,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self.run = torch.compile(self.run, dynamic=False, fullgraph=True) if compiled else self.run
 
     @staticmethod
-    def run(jobs: list[tuple]) -> None:
-        for kind, *arguments in jobs:
-            (muon_update if kind == "muon" else adamw_update)(*arguments)
+    def run(jobs: list[tuple]) -> list[torch.Tensor | None]:
+        return [(muon_update if kind == "muon" else adamw_update)(*arguments) for kind, *arguments in jobs]
 
     @torch.no_grad()
     def step(self) -> None:
@@ -438,21 +438,20 @@ class MuonAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[params[0]]
             if not state:
-                state["step"], state["scalars"] = 0, torch.zeros(3).unbind()
                 state["first"], state["second"] = ([torch.zeros_like(p) for p in params] for _ in range(2))
                 if kind == "muon":
                     m, n = params[0].shape
                     state["first"] = torch.stack(state["first"])
                     state["second"] = state["first"].mean(-1 if m >= n else -2, keepdim=True)
-            state["step"] += 1
+            state["step"] = state.get("step", 0) + 1
             if kind == "adamw":  # the moments begin at zero: undo that bias
                 lr *= (1 - beta2 ** state["step"]) ** 0.5 / (1 - beta1 ** state["step"])
-            values = (lr, group["lr"] * group["weight_decay"], beta1)
-            for scalar, value in zip(state["scalars"], values, strict=True):
-                scalar.fill_(value)
+            scalars = torch.tensor([lr, group["lr"] * group["weight_decay"], beta1]).unbind()
             grads = [p.grad for p in params]
-            jobs.append((kind, params, grads, state["first"], state["second"], *state["scalars"], beta2))
-        self.run(jobs)
+            jobs.append((kind, params, grads, state["first"], state["second"], *scalars, beta2))
+        for (_, params, *_), steps in zip(jobs, self.run(jobs), strict=True):
+            if steps is not None:
+                torch._foreach_sub_(params, steps.unbind())
 
 
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
@@ -575,7 +574,8 @@ def main() -> None:
     compiled = can_compile()
     config = GPTConfig(vocab_size=tokenizer.get_vocab_size())
     attention, attend = pick_attention(set(config.windows()), MAX_SEQ_LEN, compiled)
-    raw_model = GPT(config, attend).to(DEVICE)
+    with torch.device(DEVICE):  # a table of random numbers is filled there at once
+        raw_model = GPT(config, attend)
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     print(f"{DEVICE_NAME}, {attention} attention, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
