@@ -394,11 +394,10 @@ def adamw_update(params, grads, firsts, seconds, lr, decay, beta1, beta2) -> Non
         p.mul_(1 - decay).sub_(lr * first / (second.sqrt() + 1e-10))
 
 
-def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> torch.Tensor:
-    """Muon (arXiv 2502.16982) with NorMuon (2510.05491) and cautious decay (2510.12402).
+def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> None:
+    """Muon (arXiv 2502.16982) in place, with NorMuon (2510.05491) and cautious decay (2510.12402).
 
-    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n), which change in
-    place. Returns what to subtract from the matrices, (K, m, n): as K updates in place it would be K kernels.
+    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n).
     """
     g = torch.stack(grads)
     velocity.mul_(momentum).add_(g * (1 - momentum))
@@ -409,8 +408,9 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     scale = second.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale.square()))
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
-    p, factor = torch.stack(params), max(1, g.size(-2) / g.size(-1)) ** 0.5
-    return factor * (lr * g + decay * p * (g * p >= 0))  # decay only where the step shrinks p too
+    factor = max(1, g.size(-2) / g.size(-1)) ** 0.5  # below: decay only where the step shrinks p too
+    steps = [factor * (lr * u + decay * p * (u * p >= 0)) for p, u in zip(params, g.unbind(), strict=True)]
+    torch._foreach_sub_(params, steps)  # on a GPU one launch, not K
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -425,8 +425,9 @@ class MuonAdamW(torch.optim.Optimizer):
         self.run = torch.compile(self.run, dynamic=False, fullgraph=True) if compiled else self.run
 
     @staticmethod
-    def run(jobs: list[tuple]) -> list[torch.Tensor | None]:
-        return [(muon_update if kind == "muon" else adamw_update)(*arguments) for kind, *arguments in jobs]
+    def run(jobs: list[tuple]) -> None:
+        for kind, *arguments in jobs:
+            (muon_update if kind == "muon" else adamw_update)(*arguments)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -449,9 +450,7 @@ class MuonAdamW(torch.optim.Optimizer):
             scalars = torch.tensor([lr, group["lr"] * group["weight_decay"], beta1]).unbind()
             grads = [p.grad for p in params]
             jobs.append((kind, params, grads, state["first"], state["second"], *scalars, beta2))
-        for (_, params, *_), steps in zip(jobs, self.run(jobs), strict=True):
-            if steps is not None:
-                torch._foreach_sub_(params, steps.unbind())
+        self.run(jobs)
 
 
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
