@@ -573,7 +573,7 @@ def main() -> None:
     compiled = can_compile()
     config = GPTConfig(vocab_size=tokenizer.get_vocab_size())
     attention, attend = pick_attention(set(config.windows()), MAX_SEQ_LEN, compiled)
-    with torch.device(DEVICE):  # a table of random numbers is filled there at once
+    with torch.device(DEVICE):  # drawn there: at full 393M numbers that need no copy
         raw_model = GPT(config, attend)
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
