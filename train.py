@@ -410,7 +410,7 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
     factor = max(1, g.size(-2) / g.size(-1)) ** 0.5  # below: decay only where the step shrinks p too
     steps = [factor * (lr * u + decay * p * (u * p >= 0)) for p, u in zip(params, g.unbind(), strict=True)]
-    torch._foreach_sub_(params, steps)  # on a GPU one launch, not K
+    torch._foreach_sub_(params, steps)  # a GPU needs one or two launches for all K
 
 
 class MuonAdamW(torch.optim.Optimizer):
