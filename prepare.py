@@ -722,7 +722,7 @@ def score(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], tokenizer:
     for part in slices(logits):
         z, y = logits[part].float(), targets[part]
         loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
-        nats += (loss * (y != tokenizer.bos).flatten()).sum() + 0 * z.amin()  # 0 * inf is NaN
+        nats += (loss * (y != tokenizer.bos).flatten()).sum() + 0 * z.amin()  # NaN for -inf; inf spoils loss
     return nats
 
 

@@ -408,9 +408,10 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     scale = second.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale.square()))
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
-    factor = max(1, g.size(-2) / g.size(-1)) ** 0.5  # below: decay only where the step shrinks p too
+    factor = max(1, g.size(-2) / g.size(-1)) ** 0.5
+    # decay only where the step shrinks p too; a GPU needs one or two launches for all K
     steps = [factor * (lr * u + decay * p * (u * p >= 0)) for p, u in zip(params, g.unbind(), strict=True)]
-    torch._foreach_sub_(params, steps)  # a GPU needs one or two launches for all K
+    torch._foreach_sub_(params, steps)
 
 
 class MuonAdamW(torch.optim.Optimizer):
