@@ -1,8 +1,9 @@
 """
-A night in small: the shell lines of program.md, taken out of it, each run in a shell of its own as agents do.
+A night in small: the shell blocks of program.md, each run in a shell of its own.
 
-train.py is a stub that ends in a moment with the numbers it is told, uv runs Python at once, sleep is short.
-The rest is real: git, the shell, awk, and the prepare.py that the setup asks for text.
+The blocks are found by their headings, so program.md may be edited. train.py is a stub that ends in a moment
+with the numbers that it is told, uv runs Python at once, and sleep is short. The rest is real: git, the
+shell, awk, and the prepare.py that the setup asks for text.
 """
 
 import math
@@ -14,65 +15,106 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
 
 import pandas as pd
 import pytest
 from conftest import GIT_ENV, HEADER, ROOT, git
 
 PROGRAM = (ROOT / "program.md").read_text()
-BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PROGRAM, re.DOTALL | re.MULTILINE)
-SETUP, LOAD, EXPERIMENT, RESUME, WORKTREE, COMMANDS = BLOCKS
-COMMIT, RUN, POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.strip().splitlines())
-INLINE = [
-    " ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", PROGRAM, flags=re.S))
-]
-SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # Debian's sh is dash, macOS's is bash
-
-STUB = """
-import faulthandler, os, sys, time
-seed, nan = int(os.environ["SEED"]), float("nan")
-if {kind!r} == "slow":
-    time.sleep(60)
-if {kind!r} == "hang":
-    faulthandler.dump_traceback_later(0.2, exit=True, file=sys.__stderr__)
-    time.sleep(60)
-if {kind!r} == "refused":
-    sys.exit("error: the model looks ahead: a later token changes its logits; mask the attention")
-if {kind!r} == "nan":
-    print("FAIL: the loss is nan at step 120")
-    sys.exit(1)
-if {kind!r} == "bug":
-    raise ValueError("val_bpb: 0.1")
-for step in range(1, 31):
-    print(f"step {{step:05d}} | loss {{5 - step / 10:.4f}}")
-print("sample: 'exit: 3, val_bpb: 0.1'")
-print("---")
-print("val_bpb:          %.6f" % {values}[seed - 1])
-print("peak_vram_mb:     45060.2")
-print("seed:            ", {seeds}[seed - 1])
-print("device:           Stub GPU, 80 GB")
-print("attention:        sdpa")
-print("harness:          {harness}")
-sys.exit({kind!r} == "late")
-"""
 
 
-def stub(*values: float, kind: str = "train", seeds=(1, 2), harness: str = "0123456789ab") -> str:
-    """A train.py that ends with these val_bpb, one for each seed, or in another way."""
-    return STUB.format(values=values, kind=kind, seeds=seeds, harness=harness)
+def blocks(heading: str) -> list[str]:
+    """The shell blocks of program.md under a heading, in order."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", PROGRAM, re.DOTALL | re.MULTILINE)
+    return re.findall(r"^```sh\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
 
 
 def inline(start: str) -> str:
     """The one command in the prose of program.md that begins so."""
-    (command,) = {code for code in INLINE if code.startswith(start)}
+    prose = re.sub(r"```.*?```", "", PROGRAM, flags=re.DOTALL)
+    found = {" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)}
+    (command,) = {code for code in found if code.startswith(start)}
     return command
+
+
+SETUP, RESUME, WORKTREE = (blocks(heading)[0] for heading in ("Setup", "Resume", "Several GPUs"))
+LOAD, EXPERIMENT = blocks("One experiment")[:2]
+COMMIT, RUN_AND_POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.splitlines())
+(RULE,) = (block for block in blocks("The keep rule") if block.startswith("#:"))
+TWO_SEEDS = r"""#: the keep rule that these tests expect, whatever rule a human has put in its place
+seeds='1 2'
+better() { holds "$1 < $(bar)"; }
+simpler() { holds "$1 <= $(bar) + $(gap)"; }
+again() { true; }
+#:
+"""
+SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # Debian's sh is dash, macOS's is bash
+SHARED = "[0123456789ab, sdpa, Stub GPU, 80 GB]"
+
+# Its load, a number from the environment, raises every val_bpb and takes that share of the steps.
+STUB = """
+import faulthandler, os, sys, time
+seed, kind, nan, inf = int(os.environ["SEED"]), {kind!r}, float("nan"), float("inf")
+load = float(os.environ.get("STUB_LOAD", 0))
+if kind == "slow" or os.environ.get("STUB_HANGS_AT") == str(seed):
+    print("compiling", flush=True)
+    time.sleep(60)
+if kind == "hang":
+    faulthandler.dump_traceback_later(0.2, exit=True, file=sys.__stderr__)
+    time.sleep(60)
+if kind == "refused":
+    sys.exit("error: the model looks ahead: a later token changes its logits; mask the attention")
+if kind == "nan":
+    print("FAIL: the loss is nan at step 120")
+    sys.exit(1)
+if kind == "bug":
+    raise ValueError("val_bpb: 0.1")
+if kind == "edit":
+    open("train.py", "a").write("# the next idea")
+for step in range(1, 31):
+    print(f"step {{step:05d}} | loss {{5 - step / 10:.4f}}")
+print("val_bpb: 0.1, which is no summary")
+print("---")
+print("val_bpb:          %.6f" % ({values}[seed - 1] + load))
+print("training_seconds: 300.4")
+print("peak_vram_mb:     %.1f" % (45060.2 + seed))
+print("num_steps:       ", round({steps}[seed - 1] * (1 - load)))
+print("seed:            ", {seeds}[seed - 1])
+print("device:           Stub GPU, 80 GB")
+print("attention:        {attention}")
+print("harness:          {harness}")
+sys.exit(kind == "late")
+"""
+
+
+def stub(
+    *values: float,
+    kind: str = "train",
+    seeds: tuple = (1, 2, 3),
+    steps: tuple = (900, 896, 890),
+    attention: str = "sdpa",
+    harness: str = "0123456789ab",
+) -> str:
+    """A train.py that ends with these val_bpb, one for each seed, or in another way."""
+    facts = {"values": values, "seeds": seeds, "steps": steps}
+    return STUB.format(kind=kind, attention=attention, harness=harness, **facts)
+
+
+def measured(*values: float, steps: tuple = (900, 896, 890)) -> str:
+    """What finish adds to a description for runs that ended with these val_bpb."""
+    listed = ", ".join(f"{value:.6f}" for value in values)
+    suffix = f" [0123456789ab: {', '.join(map(str, steps[: len(values)]))} steps in 300 s]"
+    return suffix + (f" ({listed})" if len(values) > 1 else "")
 
 
 class Night:
     """A scratch clone, and an agent's shell in it."""
 
-    def __init__(self, folder: Path, shell: str = "sh"):
+    def __init__(self, folder: Path, shell: str = "sh", rule: str = TWO_SEEDS):
         self.folder, self.shell = folder / "clone", shell
         tools = folder / "bin"
         tools.mkdir(parents=True)
@@ -83,30 +125,32 @@ class Night:
             (tools / name).chmod(0o755)
         self.env = {**GIT_ENV, "PATH": f"{tools}:{os.environ['PATH']}"}
         self.folder.mkdir()
-        for name in ("prepare.py", "program.md", "analysis.ipynb", ".gitignore"):
+        for name in ("prepare.py", "analysis.ipynb", ".gitignore"):
             shutil.copy(ROOT / name, self.folder)
+        (self.folder / "program.md").write_text(PROGRAM.replace(RULE, rule))
         (self.folder / "train.py").write_text(stub(1.70, 1.72))
         self.git("init", "-q", "-b", "main")
         self.git("add", ".")
         self.git("commit", "-qm", "the state that the night begins with")
 
-    def sh(self, command: str) -> subprocess.CompletedProcess:
-        """Run in a new shell, as tools do; all that it prints is in stdout."""
+    def sh(self, command: str, **env: str) -> subprocess.CompletedProcess:
+        """Run in a new shell, whose process group is killed at its end, as Codex does; all output is in stdout."""
         with subprocess.Popen(
             [self.shell, "-c", command],
             cwd=self.folder,
-            env=self.env,
+            env=self.env | env,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         ) as process:
-            self.group = process.pid
             output, _ = process.communicate(timeout=30)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(command, process.returncode, output)
 
-    def do(self, command: str) -> subprocess.CompletedProcess:
-        return self.sh(LOAD + command)
+    def do(self, command: str, **env: str) -> subprocess.CompletedProcess:
+        return self.sh(LOAD + command, **env)
 
     def git(self, *args: str) -> str:
         return git(self.folder, *args)
@@ -124,31 +168,26 @@ class Night:
 
     def commit(self, train: str, message: str = "an idea") -> str:
         (self.folder / "train.py").write_text(train)
-        done = self.do(re.sub(r"'.*'", shlex.quote(message), COMMIT))
+        done = self.do(re.sub(r"'.*'", lambda _: shlex.quote(message), COMMIT))
         assert done.returncode == 0, done.stdout
         return self.head()
 
-    def train(self) -> str:
-        done = self.do(RUN)
-        assert (done.returncode, done.stdout) == (0, ""), done.stdout
-        shown = self.do(POLL).stdout
-        assert re.fullmatch(r"exit: \d+", shown.splitlines()[-1]), shown
-        assert "exit: 0" not in shown or "\nval_bpb: " in shown
-        return shown
+    def run(self, word: str = "", **env: str) -> str:
+        """Start the job and poll until it ends; gives what poll showed."""
+        shown = self.do(RUN_AND_POLL.replace("run", f"run {word}", 1), **env)
+        assert shown.returncode == 0 and re.search(r"^exit: \d+$", shown.stdout, re.MULTILINE), shown.stdout
+        return shown.stdout
 
-    def finish(self, description: str, judgement: str = "better") -> subprocess.CompletedProcess:
-        words = FINISH.replace("better", judgement)
-        return self.do(re.sub(r"'.*'", lambda _: shlex.quote(description), words))
+    def finish(self, description: str, word: str = "keep") -> subprocess.CompletedProcess:
+        command = FINISH.replace("keep", word, 1)
+        return self.do(re.sub(r"'.*'", lambda _: shlex.quote(description), command))
 
-    def experiment(
-        self, train: str | None, description: str, judgement: str = "better", runs: int = 1
-    ) -> str:
-        """Commit, run and write the row, `runs` times; gives the commit."""
+    def experiment(self, train: str | None, description: str, word: str = "keep", run: str = "") -> str:
+        """Commit, run and write the row; gives the commit."""
         commit = self.commit(train, description) if train else self.head()
-        for _ in range(runs):
-            self.train()
-            done = self.finish(description, judgement)
-            assert done.returncode == 0, done.stdout
+        self.run(run)
+        done = self.finish(description, word)
+        assert done.returncode == 0, done.stdout
         return commit
 
     def rows(self) -> list[list[str]]:
@@ -159,20 +198,43 @@ class Night:
     def head(self) -> str:
         return self.git("rev-parse", "--short=7", "HEAD")
 
+    def log(self) -> str:
+        return (self.folder / "run.log").read_text()
+
+    def group(self) -> int:
+        """The process group of the job."""
+        return int(re.search(r"^run group: (\d+)$", self.log(), re.MULTILINE)[1])
+
+    def wait_for(self, text: str) -> None:
+        """Until run.log shows it."""
+        deadline = time.monotonic() + 20
+        while text not in self.log():
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.01)
+
+    def kill_job(self, at: str) -> None:
+        """Kill the job with all that it has started, once run.log shows this text."""
+        self.wait_for(at)
+        deadline = time.monotonic() + 20
+        group = self.group()
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:  # until the system has cleared it away
+                os.killpg(group, signal.SIGKILL)
+
 
 @pytest.fixture(scope="module", params=SHELLS)
 def night(request, tmp_path_factory) -> Night:
     """A whole night; what came of it is in `commits`, by name."""
     night = Night(tmp_path_factory.mktemp("night"), request.param).setup()
     commits = night.commits = {}
-    commits["baseline"] = night.experiment(None, "baseline", runs=2)
-    commits["win"] = night.experiment(stub(1.705, 1.685), "raise MATRIX_LR to 0.05", runs=2)
-    commits["refuted"] = night.experiment(stub(1.69, 1.705), "a lucky first seed", runs=2)
+    commits["baseline"] = night.experiment(None, "baseline")
+    commits["win"] = night.experiment(stub(1.705, 1.685), "raise MATRIX_LR to 0.05")
+    commits["refuted"] = night.experiment(stub(1.69, 1.705), "a lucky first seed")
     commits["loss"] = night.experiment(
-        stub(1.80), 'a "quoted"\ttab, C:\\temp\\new, %s 100%, $HOME\nand a line: größer'
+        stub(1.80), 'a "quoted"\ttab, C:\\temp\\new, %s 100%, $HOME\nand a line: größer (0.9, 0.95)'
     )
-    commits["simpler"] = night.experiment(stub(1.70, 1.705), "delete the value gates", "simpler", runs=2)
-    commits["too simple"] = night.experiment(stub(1.73), "delete the MLP", "simpler")
+    commits["simpler"] = night.experiment(stub(1.70, 1.705), "delete the value gates", run="simpler")
+    commits["too simple"] = night.experiment(stub(1.73), "delete the MLP", run="simpler")
     commits["bug"] = night.experiment(stub(kind="bug"), "a slip")
     bring_back = inline("git cherry-pick -n").replace("1a2b3c4", commits["bug"])
     assert night.do(bring_back).returncode == 0
@@ -180,62 +242,82 @@ def night(request, tmp_path_factory) -> Night:
     commits["mended"] = night.experiment(stub(1.9), "the slip mended")
     commits["hang"] = night.experiment(stub(kind="hang"), "an endless loop")
     commits["nan"] = night.experiment(stub(kind="nan"), "a rate of 10")
-    commits["refused"] = night.experiment(stub(kind="refused"), "no mask")
-    commits["ugly"] = night.experiment(stub(1.5), "forty lines for a gain", "drop")
+    commits["refused"] = night.experiment(stub(kind="refused"), "no mask", "drop")
+    commits["ugly"] = night.experiment(stub(1.5, 1.5), "forty lines for a gain", "drop")
 
-    commits["death"] = night.experiment(stub(1.695, 1.705), "the machine dies between two seeds")
+    commits["deaths"] = night.commit(stub(1.695, 1.705), "the machine dies under each seed")
+    for seed in "12":
+        assert night.do("run", STUB_HANGS_AT=seed).returncode == 0
+        night.kill_job(f"run seed: {seed}\n")
+        assert night.do("poll").stdout.splitlines()[-1].startswith("the run has died and was not finished")
     night.git("switch", "-q", "main")
-    assert "seed 1 of 2: the machine dies" in night.sh(RESUME).stdout
-    night.train()
-    assert night.finish("the machine dies between two seeds").returncode == 0
+    assert "forty lines for a gain" in night.sh(RESUME).stdout
+    night.run()
+    assert night.finish("the machine dies under each seed").returncode == 0
+    night.run("again", STUB_LOAD="0.2")
+    assert night.finish("measured again").returncode == 0
     return night
 
 
 def test_rows_of_the_night(night):
-    expected = [  # worked out by hand: bar 1.71, after the win 1.695, after the simplification 1.7025
-        ("baseline", "1.700000", "discard", "seed 1 of 2: baseline [0123456789ab, sdpa, Stub GPU, 80 GB]"),
-        ("baseline", "1.720000", "keep", "baseline"),
-        ("win", "1.705000", "discard", "seed 1 of 2: raise MATRIX_LR to 0.05"),
-        ("win", "1.685000", "keep", "raise MATRIX_LR to 0.05"),
-        ("refuted", "1.690000", "discard", "seed 1 of 2: a lucky first seed"),
-        ("refuted", "1.705000", "discard", "a lucky first seed"),
-        ("loss", "1.800000", "discard", "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer"),
-        ("simpler", "1.700000", "discard", "seed 1 of 2: delete the value gates"),
-        ("simpler", "1.705000", "keep", "delete the value gates"),
-        ("too simple", "1.730000", "discard", "delete the MLP"),
-        ("bug", "0.000000", "crash", "a slip"),
-        ("mended", "1.900000", "discard", "the slip mended"),
-        ("hang", "0.000000", "crash", "an endless loop"),
-        ("nan", "0.000000", "crash", "a rate of 10"),
-        ("refused", "0.000000", "crash", "no mask"),
-        ("ugly", "1.500000", "discard", "forty lines for a gain"),
-        ("death", "1.695000", "discard", "seed 1 of 2: the machine dies between two seeds"),
-        ("death", "1.705000", "keep", "the machine dies between two seeds"),
+    expected = [  # worked out by hand: the bar is 1.71, then 1.695, 1.7025, 1.7 and, under load, 1.9
+        ("baseline", 1.71, "keep", "baseline", (1.70, 1.72), " " + SHARED),
+        ("win", 1.695, "keep", "raise MATRIX_LR to 0.05", (1.705, 1.685)),
+        ("refuted", 1.6975, "discard", "a lucky first seed", (1.69, 1.705)),
+        (
+            "loss",
+            1.8,
+            "discard",
+            "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer (0.9, 0.95)",
+            (1.8,),
+        ),
+        ("simpler", 1.7025, "keep", "delete the value gates", (1.70, 1.705)),
+        ("too simple", 1.73, "discard", "delete the MLP", (1.73,)),
+        ("bug", 0, "crash", "a slip", ()),
+        ("mended", 1.9, "discard", "the slip mended", (1.9,)),
+        ("hang", 0, "crash", "an endless loop", ()),
+        ("nan", 0, "crash", "a rate of 10", ()),
+        ("refused", 0, "crash", "no mask", ()),
+        ("ugly", 1.5, "discard", "forty lines for a gain", (1.5, 1.5)),
+        ("deaths", 1.7, "keep", "the machine dies under each seed", (1.695, 1.705)),
     ]
-    memory = {"crash": "0.0"}
-    assert night.rows() == [
-        [night.commits[name], value, memory.get(status, "44.0"), status, text]
-        for name, value, status, text in expected
+    rows = [
+        [
+            night.commits[name],
+            f"{value:.6f}",
+            "44.0" if values else "0.0",
+            status,
+            text + (measured(*values) if values else "") + "".join(more),
+        ]
+        for name, value, status, text, values, *more in expected
     ]
+    again = "measured again" + measured(1.895, 1.905, steps=(720, 717))
+    rows.append([night.commits["deaths"], "1.900000", "44.0", "keep", again])
+    assert night.rows() == rows
 
 
 def test_pandas_reads_the_table_as_it_is(night):
     table = pd.read_csv(night.folder / "results.tsv", sep="\t", dtype={"commit": str})
     assert list(table.columns) == ["commit", "val_bpb", "memory_gb", "status", "description"]
-    assert table.notna().all().all() and len(table) == len(night.rows()) == 18
+    assert table.notna().all().all() and len(table) == len(night.rows()) == 14
 
 
 def test_branch_holds_exactly_the_kept_commits(night):
     branch = night.git("log", "--format=%h", "--abbrev=7", "autoresearch/mar5").split()
-    assert branch == [night.commits[name] for name in ("death", "simpler", "win", "baseline")]
+    assert branch == [night.commits[name] for name in ("deaths", "simpler", "win", "baseline")]
 
 
-def test_every_discarded_commit_stays_reachable_with_its_code(night):
+def test_every_discarded_commit_stays_reachable_with_its_code_and_so_does_the_table(night):
     night.git("gc", "-q", "--prune=now")
     discarded = {row[0] for row in night.rows()} - set(night.git("log", "--format=%h", "--abbrev=7").split())
     refs = night.do(inline("git for-each-ref")).stdout.split()[2::3]
-    assert set(refs) == {f"refs/autoresearch/mar5/{name}" for name in ("start", *discarded)}
+    assert set(refs) == {f"refs/autoresearch/mar5/{name}" for name in ("start", "table", *discarded)}
     assert "(1.69, 1.705)" in night.git("show", f"refs/autoresearch/mar5/{night.commits['refuted']}:train.py")
+    table = (night.folder / "results.tsv").read_text()
+    (night.folder / "results.tsv").unlink()
+    refuses(night.do("run"), "see Resume")
+    assert night.do(inline("git cat-file")).returncode == 0
+    assert (night.folder / "results.tsv").read_text() == table
 
 
 def test_nothing_but_train_py_has_changed_and_the_tree_is_clean(night):
@@ -244,16 +326,15 @@ def test_nothing_but_train_py_has_changed_and_the_tree_is_clean(night):
     assert night.git("status", "--porcelain") == ""
 
 
-def test_bar_is_the_mean_of_the_kept_commit_and_gap_the_median_over_all_pairs(night):
-    kept, bar, gap = night.do("bar").stdout.split()[1::2]
-    assert kept == night.commits["death"]
-    assert float(bar) == pytest.approx((1.695 + 1.705) / 2, abs=1e-7)
-    assert float(gap) == pytest.approx(0.015, abs=1e-7)  # of 0.02, -0.02, 0.015, 0.005, 0.01
+def test_bar_is_the_kept_mean_and_gap_the_mean_distance_of_all_pairs(night):
+    assert float(night.do("bar").stdout) == 1.9
+    gap = mean([0.02, 0.02, 0.015, 0.005, 0, 0.01, 0.01])
+    assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
 
 
 def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
     (night.folder / "notes.md").write_text("")
-    assert len(night.sh(inline("awk '/^step/")).stdout.splitlines()) == 6
+    assert len(night.sh(inline("awk '/^step/")).stdout.splitlines()) == 12  # six of each seed
     assert "raise MATRIX_LR" in night.sh(inline("grep -i rope").replace("rope", "matrix_lr")).stdout
 
 
@@ -265,17 +346,14 @@ def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
 def started(tmp_path) -> Night:
     """A night with its baseline done: bar 1.71, gap 0.02."""
     night = Night(tmp_path)
-    commit = night.head()
-    night.begin(
-        f"{commit}\t1.700000\t44.0\tdiscard\tseed 1 of 2: baseline [0123456789ab, sdpa, Stub GPU, 80 GB]\n"
-        f"{commit}\t1.720000\t44.0\tkeep\tbaseline\n"
-    )
+    row = f"1.710000\t44.0\tkeep\tbaseline{measured(1.70, 1.72)} {SHARED}\n"
+    night.begin(f"{night.head()}\t{row}")
     return night
 
 
 def refuses(done: subprocess.CompletedProcess, reason: str) -> None:
     assert done.returncode != 0 and done.stdout.startswith("refused: ") and reason in done.stdout, done.stdout
-    assert len(done.stdout.splitlines()) == 1
+    assert len(done.stdout.splitlines()) == 1, done.stdout
 
 
 def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
@@ -296,7 +374,7 @@ def test_run_refuses_when_another_file_differs_from_the_start(started, name):
         file.write("\n# mine\n")
     if name != "helper.py":  # committed or not
         started.git("commit", "-qam", "a change to what is locked")
-    refuses(started.do(RUN), name)
+    refuses(started.do("run"), name)
     assert not (started.folder / "run.log").exists()
 
 
@@ -310,170 +388,287 @@ def test_a_notebook_with_the_outputs_of_a_human_who_looked_is_not_in_the_way(sta
 
 def test_run_refuses_an_edit_that_is_not_committed(started):
     (started.folder / "train.py").write_text(stub(1.6))
-    refuses(started.do(RUN), "not committed")
+    refuses(started.do("run"), "not committed")
     assert (started.folder / "train.py").read_text() == stub(1.6)
 
 
-def test_run_refuses_a_third_run_and_a_second_try_of_what_was_discarded(started):
-    refuses(started.do(RUN), "has had its runs")
-    started.experiment(stub(1.8), "a loss")
-    refuses(started.do(RUN), "has had its runs")
+def test_run_refuses_the_kept_commit_and_what_was_discarded(started):
+    refuses(started.do("run"), "edit train.py, commit, run")
+    commit = started.experiment(stub(1.8), "a loss")
+    refuses(started.do("run"), "edit train.py, commit, run")
+    started.git("reset", "-q", "--hard", f"refs/autoresearch/mar5/{commit}")
+    refuses(started.do("run"), f"{commit} has its row")
 
 
 def test_run_refuses_two_commits_on_top_of_the_kept_one(started):
     started.commit(stub(1.6))
     started.commit(stub(1.5))
-    refuses(started.do(RUN), f"git reset --soft {started.rows()[0][0]}")
+    refuses(started.do("run"), f"git reset --soft {started.rows()[0][0]}")
+
+
+def test_run_refuses_a_commit_that_leaves_a_kept_change_out(started):
+    start = started.head()
+    started.experiment(stub(1.6, 1.6), "a win")
+    started.git("reset", "-q", "--hard", start)
+    started.commit(stub(1.5, 1.5))
+    refuses(started.do("run"), "one commit upon")
 
 
 def test_run_refuses_outside_the_branch_of_a_night(started):
     started.git("switch", "-q", "main")
-    refuses(started.do(RUN), "see Setup")
+    refuses(started.do("run"), "see Setup")
 
 
-def test_run_refuses_while_another_is_under_way_and_poll_comes_back(started):
-    started.commit(stub(kind="slow"))
-    assert started.do(RUN).returncode == 0
-    group = started.group
+def test_an_idea_that_was_committed_before_the_baseline_waits(tmp_path):
+    night = Night(tmp_path)
+    start = night.head()
+    night.begin()
+    idea = night.commit(stub(1.6, 1.6))
+    refuses(night.do("run"), f"git reset --keep {start}, run, and later git cherry-pick {idea}")
+
+
+def test_run_refuses_while_another_is_under_way_and_poll_shows_where_it_is(started):
+    commit = started.commit(stub(kind="slow"))
+    assert started.do("run").returncode == 0
     try:
-        refuses(started.do(RUN), "under way")
+        refuses(started.do("run"), "under way")
         began = time.monotonic()
-        assert "exit:" not in started.do(POLL).stdout
+        shown = started.do("poll").stdout
         assert time.monotonic() - began > 2  # it did wait
-        assert started.finish("too early").returncode != 0
+        head = rf"seed 1 of {commit}, \d+ s; bar 1\.710000, gap 0\.020000\ncompiling\n"
+        assert re.fullmatch(head, shown), shown
+        refuses(started.finish("too early"), "no experiment waits")
     finally:
-        os.killpg(group, signal.SIGKILL)
+        started.kill_job("compiling")
 
 
-def test_row_that_was_forgotten_comes_before_the_next_run(started):
+def test_the_row_comes_before_the_next_run_and_only_once(started):
     started.commit(stub(1.8))
-    started.train()
-    refuses(started.do(RUN), "finish")
+    started.run()
+    refuses(started.do("run"), "finish")
     assert started.finish("a loss").returncode == 0
-    refuses(started.finish("a loss"), "no run that waits")
-    assert len(started.rows()) == 3
+    refuses(started.finish("a loss"), "no experiment waits")
+    assert len(started.rows()) == 2
 
 
-def test_row_names_the_commit_that_ran_even_after_a_reset(started):
+def test_a_run_outlives_the_process_group_of_its_command_and_a_hangup(started):
+    started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(1)", 1))
+    assert started.do("run").returncode == 0  # whose process group is dead by now
+    started.wait_for("compiling")
+    os.killpg(started.group(), signal.SIGHUP)
+    assert "exit: 0" in started.do("poll").stdout
+
+
+def test_finish_names_what_was_committed_while_the_experiment_ran(started):
     commit = started.commit(stub(1.8))
-    started.train()
-    started.git("reset", "-q", "--hard", "HEAD^")
+    started.run()
+    idea = started.commit(stub(1.6, 1.6), "the next idea")
+    refuses(started.finish("a loss"), f"git reset --keep {commit}, finish, and later git cherry-pick {idea}")
+    started.git("reset", "-q", "--keep", commit)
     assert started.finish("a loss").returncode == 0
     assert started.rows()[-1][:2] == [commit, "1.800000"]
-    assert started.git("rev-parse", f"refs/autoresearch/mar5/{commit}")
+
+
+def test_finish_waits_for_an_edit_that_is_not_committed(started):
+    started.commit(stub(1.8))
+    started.run()
+    (started.folder / "train.py").write_text(stub(1.6))
+    refuses(started.finish("a loss"), "has an edit")
+    assert (started.folder / "train.py").read_text() == stub(1.6) and len(started.rows()) == 1
+    started.git("restore", "train.py")
+    assert started.finish("a loss").returncode == 0
+
+
+def test_an_edit_between_two_seeds_is_not_trained(started):
+    commit = started.commit(stub(1.6, 1.6, kind="edit"))
+    assert started.do("run").returncode == 0
+    shown = started.do("poll").stdout
+    assert "train.py was changed" in shown and shown.splitlines()[-1].startswith("the run has died")
+    assert started.log().count("run seed: ") == 1
+    started.git("restore", "train.py")
+    assert started.head() == commit and started.do("run").returncode == 0
 
 
 @pytest.mark.parametrize(
-    "train, reason", [(stub(1.5, harness="f" * 12), "f" * 12), (stub(1.5, seeds=(7, 7)), "seed 7")]
+    "train, reason",
+    [(stub(1.5, 1.5, harness="f" * 12), "f" * 12), (stub(1.5, 1.5, attention="fa3"), "fa3")],
 )
 def test_a_run_that_does_not_compare_gets_no_number(started, train, reason):
     started.commit(train)
-    started.train()
+    started.run()
     refuses(started.finish("a wonder"), reason)
-    assert len(started.rows()) == 2
+    refuses(started.do("run"), "finish")
     assert started.finish("a wonder", "drop").returncode == 0
-    assert started.rows()[-1][1:4] == ["0.000000", "0.0", "crash"]
+    assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "a wonder"]
 
 
-def test_an_unknown_judgement_and_a_missing_description_are_refused(started):
+def test_a_train_py_with_a_seed_of_its_own_is_a_crash(started):
+    started.experiment(stub(1.5, 1.5, seeds=(7, 7)), "the best seed")
+    assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "the best seed"]
+
+
+def test_an_unknown_word_and_a_missing_description_are_refused(started):
     started.commit(stub(1.8))
-    started.train()
-    refuses(started.finish("a loss", "great"), "finish better|simpler|drop DESCRIPTION")
-    refuses(started.finish(""), "finish better|simpler|drop DESCRIPTION")
-    assert len(started.rows()) == 2
+    started.run()
+    refuses(started.finish("a loss", "better"), "finish keep|drop DESCRIPTION")
+    refuses(started.finish(""), "finish keep|drop DESCRIPTION")
+    assert len(started.rows()) == 1
 
 
 def test_equal_to_the_bar_is_no_win_unless_simpler(started):
     started.experiment(stub(1.71), "no gain")
-    assert started.rows()[-1][3:] == ["discard", "no gain"]
-    started.experiment(
-        stub(1.73, 1.73), "no gain, less code", "simpler", runs=2
-    )  # a gap above the bar, no more
-    assert started.rows()[-1][3:] == ["keep", "no gain, less code"]
+    assert started.rows()[-1][3] == "discard" and started.log().count("run seed: ") == 1
+    started.experiment(stub(1.73, 1.73), "no gain, less code", run="simpler")  # a gap above the bar
+    assert started.rows()[-1][3] == "keep"
 
 
-def test_gap_of_an_even_number_of_pairs_lies_between_the_middle_two(started):
-    started.experiment(stub(1.7, 1.7), "one more pair, without a gap", runs=2)
-    assert float(started.do("bar").stdout.split()[-1]) == pytest.approx(0.01, abs=1e-7)
+def test_runs_that_met_different_loads_are_not_decided_but_repeated(started):
+    commit = started.commit(stub(1.6, 1.6, steps=(900, 800)))
+    started.run()
+    refuses(started.finish("a wonder"), "900, 800 steps")
+    assert len(started.rows()) == 1 and started.head() == commit
+    started.run()  # the same commit once more
+    assert started.finish("a wonder", "drop").returncode == 0
+    assert started.rows()[-1][3] == "discard"
 
 
-def test_finish_says_what_comes_next(started):
-    started.commit(stub(1.7, 1.8))
-    for following in ("next: run, for the second seed", "next: another idea"):
-        started.train()
-        assert started.finish("a lucky seed").stdout.splitlines()[-1] == following
+def test_a_tenth_more_steps_is_still_the_same_machine(started):
+    started.experiment(stub(1.6, 1.6, steps=(990, 900)), "a win")
+    assert started.rows()[-1][3:] == ["keep", "a win" + measured(1.6, 1.6, steps=(990, 900))]
+
+
+def test_finish_of_a_disturbed_run_says_how_to_try_again(started):
+    commit = started.commit(stub(1.8))
+    started.run()
+    shown = started.finish("disturbed: a backup", "drop").stdout.splitlines()[-1]
+    retry = shown.removeprefix("next, on an idle machine: ")
+    assert started.do(retry, GIT_COMMITTER_DATE="2030-01-01T00:00:00").returncode == 0
+    assert started.do("poll").returncode == 0 and started.finish("a loss").returncode == 0
+    assert started.head() == started.rows()[0][0]
+    assert [row[0] == commit for row in started.rows()[1:]] == [True, False]
 
 
 def test_a_disturbed_baseline_is_dropped_and_measured_again(tmp_path):
     night = Night(tmp_path)
     night.begin()
-    night.experiment(None, "disturbed: another process", "drop")
-    refuses(night.do(RUN), "has had its runs")
-    assert night.sh(inline("git commit -q --allow-empty")).returncode == 0
-    commit = night.experiment(None, "baseline", runs=2)
-    assert [row[3] for row in night.rows()] == ["discard", "discard", "keep"]
-    assert night.do("bar").stdout.split()[:4] == ["kept", commit, "bar", "1.7100000"]
+    commit = night.experiment(None, "disturbed: a backup", "drop")
+    refuses(night.do("run"), "has its row")
+    assert night.experiment(None, "baseline", run="again") == commit
+    assert [row[3] for row in night.rows()] == ["discard", "keep"]
+    assert night.do("bar").stdout == "1.710000\n"
 
 
-def test_a_forged_mark_does_not_buy_a_second_run(started):
-    started.experiment(stub(1.8), "seed 1 of 2: a loss")
-    assert started.rows()[-1][4] == "a loss"
+def test_a_start_that_crashes_may_be_mended_into_a_baseline(tmp_path):
+    night = Night(tmp_path)
+    (night.folder / "train.py").write_text(stub(kind="bug"))
+    night.git("commit", "-qam", "a start that does not run here")
+    night.begin()
+    night.experiment(None, "baseline")
+    commit = night.experiment(stub(1.7, 1.72), "baseline, mended")
+    assert [row[3] for row in night.rows()] == ["crash", "keep"] and night.rows()[1][0] == commit
+    assert night.rows()[1][4].endswith(f"(1.700000, 1.720000) {SHARED}")
+
+
+def test_run_again_measures_the_kept_commit_only(started):
+    kept, commit = started.head(), started.commit(stub(1.6))
+    refuses(started.do("run again"), f"git reset --keep {kept}")
+    assert started.head() == commit
+    refuses(started.do("run otherwise"), "run [simpler|again]")
 
 
 def test_a_crash_under_the_second_seed_decides(started):
-    commit = started.experiment(stub(1.6), "fragile", runs=2)  # no number for the second seed: a traceback
-    assert [row[3] for row in started.rows()[-2:]] == ["discard", "crash"]
-    assert started.head() != commit
-    kept, _, gap = started.do("bar").stdout.split()[1::2]
-    assert kept == started.head() and gap == "0.0200000"  # a crash has no value to be a gap away from
+    commit = started.experiment(stub(1.6), "fragile")  # no number for the second seed: a traceback
+    assert started.rows()[-1] == [commit, "0.000000", "0.0", "crash", "fragile"]
+    assert started.do("gap").stdout == "0.020000\n"
 
 
-@pytest.mark.parametrize("train", [stub(math.nan), stub(1.5, kind="late")], ids=["nan", "after the summary"])
+@pytest.mark.parametrize(
+    "train",
+    [stub(math.nan), stub(1.5, math.nan), stub(-math.inf), stub(1.5, 1.5, kind="late")],
+    ids=["nan", "nan under the second seed", "infinity", "an error after the summary"],
+)
 def test_a_run_without_a_number_or_with_an_error_is_a_crash(started, train):
     started.experiment(train, "broken")
     assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "broken"]
 
 
-def test_a_run_that_died_with_the_machine_starts_again_under_its_seed(started):
+def test_a_run_that_died_again_and_again_starts_from_its_first_seed(started):
     commit = started.commit(stub(kind="slow"))
-    started.do(RUN)
-    os.killpg(started.group, signal.SIGKILL)
-    for _ in range(2):  # and once more: the log of the dead run is no obstacle
-        assert "exit:" not in started.do(POLL).stdout
-        assert started.do(RUN).returncode == 0
-        os.killpg(started.group, signal.SIGKILL)
-    log = (started.folder / "run.log").read_text()
-    assert log.startswith(f"commit: {commit}\nrun: 1 of 2\n") and len(started.rows()) == 2
+    for _ in range(3):
+        assert started.do("run").returncode == 0
+        started.kill_job("compiling")
+    assert started.log().startswith(f"run commit: {commit}\n") and "run seed: 1\n" in started.log()
+    assert len(started.rows()) == 1
 
 
-def test_a_death_between_row_and_reset_is_settled(started):
-    kept = started.head()
-    commit = started.experiment(stub(1.8), "a loss")
-    started.git("reset", "-q", "--hard", commit)  # as if finish had died after its row
-    started.git("update-ref", "-d", f"refs/autoresearch/mar5/{commit}")
-    refuses(started.do(RUN), "edit train.py")
-    assert started.head() == kept
+def test_a_log_that_does_not_grow_for_a_quarter_of_an_hour_is_that_of_a_dead_run(started):
+    started.commit(stub(kind="slow"))
+    started.do("run")
+    started.wait_for("compiling")
+    try:
+        ago = time.time() - 16 * 60
+        os.utime(started.folder / "run.log", (ago, ago))
+        assert "the run has died" in started.do("poll").stdout
+    finally:
+        started.kill_job("compiling")
+
+
+def test_a_death_between_reset_and_row_costs_no_more_than_the_experiment(started):
+    kept, commit = started.head(), started.commit(stub(1.8))
+    started.run()
+    broken = "tee() { kill -9 $$; }\n" + re.sub(r"'.*'", "'a loss'", FINISH)
+    started.do(broken)
+    assert len(started.rows()) == 1 and started.head() == kept
     assert started.git("rev-parse", "--short=7", f"refs/autoresearch/mar5/{commit}") == commit
+    started.experiment(stub(1.9), "the next idea")
+    assert [row[1] for row in started.rows()] == ["1.710000", "1.900000"]
 
 
-def test_a_line_cut_in_half_does_not_spoil_the_next_row(started):
-    with (started.folder / "results.tsv").open("a") as table:
-        table.write("abc")
-    commit = started.experiment(stub(1.8), "a loss")
-    assert (
-        started.rows()[-1] == [commit, "1.800000", "44.0", "discard", "a loss"] and len(started.rows()) == 4
-    )
-
-
-def test_several_gpus_have_worktrees_and_tags_of_their_own(started):
+def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
     started.git("switch", "-q", "main")
     assert started.sh(WORKTREE).returncode == 0
-    second = started.folder.parent / "gpu1"
-    shown = started.sh(f"cd {second} && {SETUP.replace('mar5', 'mar5-gpu1')}").stdout
-    assert shown == "" and (second / "results.tsv").exists()
-    started.git("switch", "-q", "autoresearch/mar5")
-    assert started.git("branch", "--format=%(refname:short)").split() == [
-        "autoresearch/mar5",
-        "autoresearch/mar5-gpu1",
-        "main",
-    ]
+    first, started.folder = started.folder, started.folder.parent / "gpu1"
+    done = started.sh(SETUP.replace("mar5", "mar5-gpu1"))
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+    started.experiment(None, "baseline")
+    commit = started.experiment(stub(1.6, 1.6), "a win")
+    assert [row[3] for row in started.rows()] == ["keep", "keep"]
+    assert started.git("rev-parse", "--short=7", "autoresearch/mar5-gpu1") == commit
+    assert len((first / "results.tsv").read_text().splitlines()) == 2
+
+
+# ---------------------------------------------------------------------------
+# The rule is the human's
+
+
+def test_the_rule_that_ships_tells_a_clear_win_from_a_clear_loss(tmp_path):
+    night = Night(tmp_path, rule=RULE)
+    row = f"1.710000\t44.0\tkeep\tbaseline{measured(1.70, 1.72)} {SHARED}\n"
+    night.begin(f"{night.head()}\t{row}")
+    for name, value, passes in [
+        ("better", 1.5, 0),
+        ("better", 1.9, 1),
+        ("simpler", 1.9, 1),
+        ("again", 1.9, 0),
+    ]:
+        assert night.do(f"{name} {value}").returncode == passes, (name, value)
+
+
+def test_three_seeds_and_a_margin_are_a_line_each(tmp_path):
+    seeds, margin = re.findall(r"`(seeds='1 2 3'|holds \"[^`]+\")`", " ".join(PROGRAM.split()))
+    rule = TWO_SEEDS.replace("seeds='1 2'", seeds).replace('holds "$1 < $(bar)"', margin)
+    night = Night(tmp_path, rule=rule)
+    night.begin()
+    (night.folder / "train.py").write_text(stub(1.70, 1.72, 1.71))
+    night.git("commit", "-qam", "three values")
+    night.git("update-ref", "refs/autoresearch/mar5/start", "HEAD")
+    night.experiment(None, "baseline")
+    night.experiment(stub(1.7095), "too small a gain")
+    night.experiment(stub(1.70, 1.7, 1.72), "a gain until the third seed")
+    night.experiment(stub(1.70, 1.7, 1.701), "a gain")
+    assert [row[1] for row in night.rows()] == ["1.710000", "1.709500", "1.706667", "1.700333"]
+    assert [row[3] for row in night.rows()] == ["keep", "discard", "keep", "keep"]
+    assert night.rows()[3][4] == "a gain" + measured(1.70, 1.7, 1.701)
+    pairs = [(1.70, 1.72, 1.71), (1.70, 1.7, 1.72), (1.70, 1.7, 1.701)]
+    gap = mean(abs(a - b) for values in pairs for a, b in combinations(values, 2))
+    assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
