@@ -62,7 +62,7 @@ INIT_SCALE = by_scale(0.68, 1.0)  # of Q, K, V and the MLP's first matrix
 X0_INIT = by_scale(0.05, 0.1)  # share of the embedding that every layer gets back at first
 
 # batch
-TOTAL_BATCH_SIZE = by_scale(2**18, 2**13)  # tokens per optimizer step; a short run needs steps
+TOTAL_BATCH_SIZE = by_scale(2**18, 2**13)  # tokens per step: a multiple of DEVICE_BATCH_SIZE * MAX_SEQ_LEN
 DEVICE_BATCH_SIZE = by_scale(64, 16)  # rows per forward pass; halves itself when memory runs out
 
 # optimizer; the rates of embeddings and head are for a width of 768 and grow as (N_EMBD / 768) ** -0.5
@@ -578,7 +578,7 @@ def main() -> None:
         raw_model = GPT(config, attend)
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    print(f"{DEVICE_NAME}, {attention} attention, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
+    print(f"starting on {DEVICE_NAME}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
     B = fit_batch(model, optimizer, tokenizer)
 
     peak = next((tflops for name, tflops in PEAK_TFLOPS.items() if name in DEVICE_NAME), None)
@@ -606,12 +606,13 @@ def main() -> None:
             tokens, seconds = step * TOTAL_BATCH_SIZE, clock.elapsed()
             print(
                 f"step {step:05d} | {100 * clock.progress():5.1f}% | loss {loss:.4f} | lr x{factor:.2f} "
-                f"| {tokens / seconds / 1e3:,.0f}k tok/s | mfu {mfu(tokens, seconds)} | epoch {epoch}",
+                f"| {tokens / seconds:,.0f} tok/s | mfu {mfu(tokens, seconds)} | epoch {epoch}",
                 flush=True,
             )
         if DEVICE != "cpu" and clock.progress() > 0.98:
             torch.accelerator.synchronize()  # so that no step is under way when the time is up
     training_seconds = clock.elapsed()
+    print("evaluating", flush=True)
     val_bpb = evaluate_bpb(model, tokenizer, B)
     eval_seconds = clock.elapsed() - training_seconds
     try:

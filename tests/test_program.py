@@ -134,7 +134,7 @@ class Night:
         self.git("commit", "-qm", "the state that the night begins with")
 
     def sh(self, command: str, **env: str) -> subprocess.CompletedProcess:
-        """Run in a new shell, whose process group is killed at its end, as Codex does; all output is in stdout."""
+        """Run in a new shell; its process group is killed at the end, as by Codex. stdout holds all output."""
         with subprocess.Popen(
             [self.shell, "-c", command],
             cwd=self.folder,
@@ -433,9 +433,10 @@ def test_run_refuses_while_another_is_under_way_and_poll_shows_where_it_is(start
     try:
         refuses(started.do("run"), "under way")
         began = time.monotonic()
-        shown = started.do("poll").stdout
+        shown = started.do("poll 3").stdout
         assert time.monotonic() - began > 2  # it did wait
-        head = rf"seed 1 of {commit}, \d+ s; bar 1\.710000, gap 0\.020000\ncompiling\n"
+        kept = started.rows()[0][0]
+        head = rf"seed 1 of {commit}, \d+ s; kept {kept}, bar 1\.710000, gap 0\.020000\ncompiling\n"
         assert re.fullmatch(head, shown), shown
         refuses(started.finish("too early"), "no experiment waits")
     finally:
