@@ -134,7 +134,7 @@ class Night:
         self.git("commit", "-qm", "the state that the night begins with")
 
     def sh(self, command: str, **env: str) -> subprocess.CompletedProcess:
-        """Run in a new shell; its process group is killed at the end, as by Codex. stdout holds all output."""
+        """Run in a new shell and kill its process group at the end, as Codex does; gives what it printed."""
         with subprocess.Popen(
             [self.shell, "-c", command],
             cwd=self.folder,
@@ -552,7 +552,10 @@ def test_finish_of_a_disturbed_run_says_how_to_try_again(started):
 def test_a_disturbed_baseline_is_dropped_and_measured_again(tmp_path):
     night = Night(tmp_path)
     night.begin()
-    commit = night.experiment(None, "disturbed: a backup", "drop")
+    commit = night.head()
+    night.run()
+    shown = night.finish("disturbed: a backup", "drop").stdout
+    assert shown.splitlines()[-1] == "next, on an idle machine: run again"
     refuses(night.do("run"), "has its row")
     assert night.experiment(None, "baseline", run="again") == commit
     assert [row[3] for row in night.rows()] == ["discard", "keep"]
