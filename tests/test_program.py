@@ -47,6 +47,7 @@ COMMIT, RUN_AND_POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.split
 (RULE,) = (block for block in blocks("The keep rule") if block.startswith("#:"))
 TWO_SEEDS = r"""#: the keep rule that these tests expect, whatever rule a human has put in its place
 seeds='1 2'
+spread() { echo "${SPREAD:-1.1}"; }
 better() { holds "$1 < $(bar)"; }
 simpler() { holds "$1 <= $(bar) + $(gap)"; }
 again() { true; }
@@ -531,6 +532,14 @@ def test_runs_that_met_different_loads_are_not_decided_but_repeated(started):
     started.run()  # the same commit once more
     assert started.finish("a wonder", "drop").returncode == 0
     assert started.rows()[-1][3] == "discard"
+
+
+def test_a_machine_that_never_holds_still_gets_a_wider_spread(started):
+    started.commit(stub(1.6, 1.6, steps=(900, 800)))
+    started.run()
+    widened = inline("SPREAD=1.3 finish keep").replace("...", "'a win'")
+    assert started.do(widened).returncode == 0
+    assert started.rows()[-1][3] == "keep"
 
 
 def test_a_tenth_more_steps_is_still_the_same_machine(started):
