@@ -335,7 +335,7 @@ def test_bar_is_the_kept_mean_and_gap_the_mean_distance_of_all_pairs(night):
 
 def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
     (night.folder / "notes.md").write_text("")
-    assert len(night.sh(inline("awk '/^step/")).stdout.splitlines()) == 12  # six of each seed
+    assert len(night.sh(inline("awk ")).stdout.splitlines()) == 14  # six of each seed, and its number
     assert "raise MATRIX_LR" in night.sh(inline("grep -i rope").replace("rope", "matrix_lr")).stdout
 
 
@@ -437,7 +437,8 @@ def test_run_refuses_while_another_is_under_way_and_poll_shows_where_it_is(start
         shown = started.do("poll 3").stdout
         assert time.monotonic() - began > 2  # it did wait
         kept = started.rows()[0][0]
-        head = rf"seed 1 of {commit}, \d+ s; kept {kept}, bar 1\.710000, gap 0\.020000\ncompiling\n"
+        standing = rf"kept {kept}, bar 1\.710000, gap 0\.020000"
+        head = rf"seed 1 of {commit}, \d+ s\nso far: val_bpb , steps ; {standing}\ncompiling\n"
         assert re.fullmatch(head, shown), shown
         refuses(started.finish("too early"), "no experiment waits")
     finally:
@@ -526,7 +527,7 @@ def test_equal_to_the_bar_is_no_win_unless_simpler(started):
 
 def test_runs_that_met_different_loads_are_not_decided_but_repeated(started):
     commit = started.commit(stub(1.6, 1.6, steps=(900, 800)))
-    started.run()
+    assert "so far: val_bpb 1.600000, 1.600000, steps 900, 800;" in started.run()
     refuses(started.finish("a wonder"), "900, 800 steps")
     assert len(started.rows()) == 1 and started.head() == commit
     started.run()  # the same commit once more
