@@ -472,6 +472,14 @@ def test_finish_names_what_was_committed_while_the_experiment_ran(started):
     assert started.rows()[-1][:2] == [commit, "1.800000"]
 
 
+def test_finish_begins_no_second_table_where_the_first_is_gone(started):
+    started.commit(stub(1.8))
+    started.run()
+    (started.folder / "results.tsv").unlink()
+    refuses(started.finish("a loss"), "see Resume")
+    assert not (started.folder / "results.tsv").exists()
+
+
 def test_finish_waits_for_an_edit_that_is_not_committed(started):
     started.commit(stub(1.8))
     started.run()
