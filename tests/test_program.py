@@ -47,7 +47,7 @@ COMMIT, RUN_AND_POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.split
 (RULE,) = (block for block in blocks("The keep rule") if block.startswith("#:"))
 TWO_SEEDS = r"""#: the keep rule that these tests expect, whatever rule a human has put in its place
 seeds='1 2'
-spread() { echo "${SPREAD:-1.1}"; }
+spread=1.1
 better() { holds "$1 < $(bar)"; }
 simpler() { holds "$1 <= $(bar) + $(gap)"; }
 again() { true; }
@@ -546,7 +546,7 @@ def test_runs_that_met_different_loads_are_not_decided_but_repeated(started):
 def test_a_machine_that_never_holds_still_gets_a_wider_spread(started):
     started.commit(stub(1.6, 1.6, steps=(900, 800)))
     started.run()
-    widened = inline("SPREAD=1.3 finish keep").replace("...", "'a win'")
+    widened = inline("spread=1.3 finish keep").replace("...", "'a win'")
     assert started.do(widened).returncode == 0
     assert started.rows()[-1][3] == "keep"
 
@@ -560,7 +560,7 @@ def test_finish_of_a_disturbed_run_says_how_to_try_again(started):
     commit = started.commit(stub(1.8))
     started.run()
     shown = started.finish("disturbed: a backup", "drop").stdout.splitlines()[-1]
-    retry = shown.removeprefix("next, on an idle machine: ")
+    retry = shown.removeprefix("next, when nothing else is at work: ")
     assert started.do(retry, GIT_COMMITTER_DATE="2030-01-01T00:00:00").returncode == 0
     assert started.do("poll").returncode == 0 and started.finish("a loss").returncode == 0
     assert started.head() == started.rows()[0][0]
@@ -573,7 +573,7 @@ def test_a_disturbed_baseline_is_dropped_and_measured_again(tmp_path):
     commit = night.head()
     night.run()
     shown = night.finish("disturbed: a backup", "drop").stdout
-    assert shown.splitlines()[-1] == "next, on an idle machine: run again"
+    assert shown.splitlines()[-1] == "next, when nothing else is at work: run again"
     refuses(night.do("run"), "has its row")
     assert night.experiment(None, "baseline", run="again") == commit
     assert [row[3] for row in night.rows()] == ["discard", "keep"]
