@@ -394,17 +394,18 @@ def adamw_update(params, grads, firsts, seconds, lr, decay, beta1, beta2) -> Non
         p.mul_(1 - decay).sub_(lr * first / (second.sqrt() + 1e-10))
 
 
-def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> None:
+def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> torch.Tensor:
     """Muon (arXiv 2502.16982) in place, with NorMuon (2510.05491) and cautious decay (2510.12402).
 
-    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n).
+    K matrices (m, n) of one shape, with velocity (K, m, n) and second (K, m, 1) or (K, 1, n). Returns what
+    second becomes: changed in place, torch 2.11's C++ backend would read it again where m or n is 2 or 3.
     """
     g = torch.stack(grads)
     velocity.mul_(momentum).add_(g * (1 - momentum))
     g = orthogonalize(g * (1 - momentum) + velocity * momentum).float()  # Nesterov
     # even out the neurons' step sizes by their running mean square; keep each matrix's norm
     square = g.square().mean(-1 if second.size(-1) == 1 else -2, keepdim=True)
-    second.lerp_(square, 1 - beta2)
+    second = second.lerp(square, 1 - beta2)
     scale = second.clamp_min(1e-10).rsqrt()
     before, after = (x.sum((-2, -1), keepdim=True) for x in (square, square * scale.square()))
     g = g * scale * (before / after.clamp_min(1e-10)).sqrt()
@@ -412,6 +413,7 @@ def muon_update(params, grads, velocity, second, lr, decay, momentum, beta2) -> 
     # decay only where the step shrinks p too; a GPU needs one or two launches for all K
     steps = [factor * (lr * u + decay * p * (u * p >= 0)) for p, u in zip(params, g.unbind(), strict=True)]
     torch._foreach_sub_(params, steps)
+    return second
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -426,13 +428,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self.run = torch.compile(self.run, dynamic=False, fullgraph=True) if compiled else self.run
 
     @staticmethod
-    def run(jobs: list[tuple]) -> None:
-        for kind, *arguments in jobs:
-            (muon_update if kind == "muon" else adamw_update)(*arguments)
+    def run(jobs: list[tuple]) -> list[torch.Tensor | None]:
+        """Update all groups. Returns what muon_update returns, and None for groups of the other kind."""
+        return [(muon_update if kind == "muon" else adamw_update)(*arguments) for kind, *arguments in jobs]
 
     @torch.no_grad()
     def step(self) -> None:
-        jobs = []
+        jobs, states = [], []
         for group in self.param_groups:
             kind, lr, (beta1, beta2) = group["kind"], group["lr"], group["betas"]
             params = [p for p in group["params"] if p.grad is not None]
@@ -451,7 +453,10 @@ class MuonAdamW(torch.optim.Optimizer):
             scalars = torch.tensor([lr, group["lr"] * group["weight_decay"], beta1]).unbind()
             grads = [p.grad for p in params]
             jobs.append((kind, params, grads, state["first"], state["second"], *scalars, beta2))
-        self.run(jobs)
+            states.append(state)
+        for state, second in zip(states, self.run(jobs), strict=True):
+            if second is not None:
+                state["second"] = second
 
 
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
