@@ -53,9 +53,16 @@ def stop(message: str) -> NoReturn:
     raise SystemExit(f"error: {message}")
 
 
-def first_line(error: Exception) -> str:
-    """What an error says of itself, fit for a sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def reason(error: Exception) -> str:
+    """The line of an error's message that says what went wrong, fit for a sentence.
+
+    That is the first line that does not merely announce another one by a colon at its end. Where the message
+    quotes a traceback, as that of a worker of the compiler does, it is the line below the traceback's frames.
+    """
+    text = str(error).strip() or type(error).__name__
+    quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
+    lines = quoted[-1:] or text.splitlines()
+    return next((line for line in lines if not line.endswith(":")), lines[0])
 
 
 # ---------------------------------------------------------------------------
@@ -96,8 +103,9 @@ def pick_device() -> str:
             torch.ones(1, device="cuda").add(1).item()  # one launch: catches old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
             stop(
-                f"torch {torch.__version__} cannot use the NVIDIA GPU here ({first_line(error)}); "
-                "update the NVIDIA driver, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+                f"torch {torch.__version__} cannot use the NVIDIA GPU here ({reason(error)}); "
+                "update the NVIDIA driver, or see the README's errors if you cannot; "
+                "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
             )
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -227,7 +235,7 @@ def download(url: str, part: Path) -> None:
         pq.ParquetFile(part)
     except (pa.ArrowException, OSError, ValueError) as error:
         part.unlink()
-        raise ValueError(f"what arrived is no good: {first_line(error)}") from None
+        raise ValueError(f"what arrived is no good: {reason(error)}") from None
 
 
 def file_hash(path: Path) -> str:
@@ -310,7 +318,7 @@ def read_parquet(path: Path) -> Iterator[str]:
             for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
                 yield raw.decode("utf-8", "replace")
     except (pa.ArrowException, KeyError, OSError) as error:
-        stop(f"{path} cannot be read as parquet with text in a column `text` ({first_line(error)})")
+        stop(f"{path} cannot be read as parquet with text in a column `text` ({reason(error)})")
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
@@ -855,7 +863,7 @@ def fetch_attention_kernel() -> None:
         KERNEL_PATH.write_text(str(install_kernel(repo, version=version)))
     except Exception as error:  # the library raises many kinds; all mean the same here
         if not KERNEL_PATH.exists():
-            print(f"attention  {repo} cannot be had ({first_line(error)}); training does without")
+            print(f"attention  {repo} cannot be had ({reason(error)}); training does without")
 
 
 def main() -> None:

@@ -182,13 +182,21 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
         backends["fa3"] = fa3_backend
     if DEVICE == "cuda" and compiled and min(windows) < T - 1:
         backends["flex"] = lambda: flex_backend(windows, T)
+        # the default needs more shared memory than an RTX 3090 or 4090 has
+        backends["flex with two stages"] = lambda: flex_backend(windows, T, {"num_stages": 2})
     for name, backend in backends.items():
         try:
             attend = backend()
-            probe_attention(name, attend, windows, T, compiled)
+            try:
+                probe_attention(attend, windows, T, compiled, fullgraph=True)
+            except torch._dynamo.exc.Unsupported as error:
+                if name != "fa3":  # FlexAttention outside of a graph is slower than any other
+                    raise
+                probe_attention(attend, windows, T, compiled, fullgraph=False)
+                print(f"attention: {name} breaks the compiled graph in every layer ({prepare.reason(error)})")
             return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch: the cure is the same
-            print(f"attention: {name} cannot be used here ({prepare.first_line(error)})", flush=True)
+            print(f"attention: {name} cannot be used here ({prepare.reason(error)})", flush=True)
     return "sdpa", sdpa_attention
 
 
@@ -494,7 +502,9 @@ def can_compile() -> bool:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=DEVICE))
         return True
     except Exception as error:  # no C++ compiler, no Triton, no Python headers: each has a class of its own
-        print(f"torch.compile cannot be used ({prepare.first_line(error)}); running eagerly", flush=True)
+        print(f"torch.compile cannot be used ({prepare.reason(error)}); running eagerly", flush=True)
+        if DEVICE == "cuda":
+            print(EAGER_WARNING, flush=True)
         return False
 
 
@@ -623,7 +633,7 @@ def main() -> None:
     try:
         print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that scores well but cannot take a short text keeps its score
-        print(f"sample: none ({prepare.first_line(error)})")
+        print(f"sample: none ({prepare.reason(error)})")
     if epoch > 1:
         print(f"some text was read more than once (epoch {epoch}); with more of it, bigrams overfit less")
     print("---")
@@ -649,7 +659,7 @@ def main() -> None:
             torch.save({"config": asdict(config), "model": raw_model.state_dict()}, SAVE + ".part")
             os.replace(SAVE + ".part", SAVE)
         except (OSError, RuntimeError) as error:
-            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.first_line(error)})")
+            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.reason(error)})")
 
 
 if __name__ == "__main__":

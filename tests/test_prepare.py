@@ -21,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CORPUS, ENV, ROOT, TEXTS
 from torch import nn
+from torch._inductor.compile_worker.subproc_pool import SubprocException, SubprocPool
 
 import prepare
 from prepare import Tokenizer, check_model, evaluate_bpb, make_dataloader
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 ODD_TEXTS = [
     "",
@@ -603,9 +606,33 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
     assert hidden.returncode == 0, hidden.stderr
 
 
-def test_a_mirror_without_a_scheme_is_one_sentence():
-    result = run("prepare.py", "--source", "tinystories", HF_ENDPOINT="hf-mirror.example")
-    assert result.returncode == 1 and result.stderr.startswith("error: HF_ENDPOINT=hf-mirror.example")
+def test_a_mirror_without_a_scheme_is_one_sentence_once_something_is_to_be_downloaded(cache, monkeypatch):
+    monkeypatch.setattr(prepare, "HUB", "hf-mirror.example")
+    for download in (lambda: prepare.find_source("tinystories", 1), lambda: prepare.default_source("small")):
+        with pytest.raises(SystemExit, match="error: HF_ENDPOINT=hf-mirror.example is no web address"):
+            download()
+    assert prepare.find_source(str(CORPUS), 1)[1]
+
+
+def test_the_reason_of_an_error_in_a_worker_of_the_compiler_stands_below_its_traceback():
+    pool = SubprocPool(1)
+    try:
+        with pytest.raises(SubprocException) as caught:
+            pool.submit(functools.partial(int, "x")).result()
+    finally:
+        pool.shutdown()
+    assert str(caught.value).startswith("An exception occurred in a subprocess:\n")
+    assert prepare.reason(caught.value) == "ValueError: invalid literal for int() with base 10: 'x'"
+
+
+def test_the_reason_of_other_errors_is_the_first_line_that_says_something():
+    assert prepare.reason(ValueError("one thing\nand another")) == "one thing"
+    assert (
+        prepare.reason(ValueError("the backend raised:\nAttributeError: no such name"))
+        == "AttributeError: no such name"
+    )
+    assert prepare.reason(ValueError("nothing follows:")) == "nothing follows:"
+    assert prepare.reason(ValueError()) == "ValueError"
 
 
 def test_bad_flags_exit_with_2():
