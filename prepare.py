@@ -153,8 +153,6 @@ def prepared() -> tuple[Path, dict]:
 # Download
 
 HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-if not HUB.startswith(("http://", "https://")):
-    stop(f"HF_ENDPOINT={HUB} is no web address; begin it with https://")
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
@@ -162,6 +160,13 @@ NUM_SHARDS = 16  # 400B tokens in 6,543 shards are 61M each: enough for the 900M
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+
+
+def hub_url(path: str = "") -> str:
+    """The address of a file on the hub. Ends the process if HF_ENDPOINT is no web address."""
+    if not HUB.startswith(("http://", "https://")):
+        stop(f"HF_ENDPOINT={HUB} is no web address; begin it with https://")
+    return f"{HUB}/{path}"
 
 
 class Refused(ValueError):
@@ -182,7 +187,7 @@ def fetch(repo: str, name: str) -> Path:
     part = path.with_name(name + ".part")
     for pause in (*RETRY_PAUSES, None):
         try:
-            download(f"{HUB}/datasets/{repo}/resolve/main/{name}", part)
+            download(hub_url(f"datasets/{repo}/resolve/main/{name}"), part)
             os.replace(part, path)
             return path
         except (requests.RequestException, ValueError) as error:
@@ -252,7 +257,7 @@ def default_source(scale: str) -> str:
     source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
     if not any(downloads(repo).glob("*.parquet")):
         try:
-            requests.head(HUB, timeout=10)
+            requests.head(hub_url(), timeout=10)
         except requests.RequestException:
             print(f"{HUB} cannot be reached: preparing the source `python` in place of `{source}`")
             return "python"
