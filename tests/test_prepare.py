@@ -1,10 +1,13 @@
 """Claims about prepare.py: text, tokenizer, packing, downloads, loader, clock and metric."""
 
 import contextlib
+import ctypes
+import functools
 import hashlib
 import http.server
 import json
 import math
+import mmap
 import os
 import signal
 import subprocess
@@ -705,6 +708,49 @@ def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
 def test_the_loader_refuses_at_once(tiny, args):
     with pytest.raises(SystemExit):
         make_dataloader(Tokenizer.from_directory(), *args)
+
+
+def resident_pages(path):
+    """How many pages of a file lie in memory, and how many it has: Linux's mincore."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE) as mapping:
+        pages = -(-len(mapping) // mmap.PAGESIZE)
+        flags = (ctypes.c_ubyte * pages)()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), flags) == 0
+        return sum(flag & 1 for flag in flags), pages
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux which pages it holds")
+def test_the_rows_are_read_into_memory_before_the_first_batch(tiny):
+    path = tiny / "train.bin"
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if resident_pages(path)[0]:
+        pytest.skip("this file system keeps its pages")
+    make_dataloader(Tokenizer.from_directory(), 4, 32, "train")
+    for thread in threading.enumerate():
+        if thread.name == "read ahead":
+            thread.join()
+    resident, pages = resident_pages(path)
+    assert resident == pages and prepare.clock.start is None
+
+
+@CUDA
+def test_the_pinned_loader_gives_a_gpu_the_rows_that_a_cpu_gets(tiny, monkeypatch):
+    def batches():
+        prepare.clock = prepare.Clock()
+        torch.manual_seed(1)
+        loader = make_dataloader(Tokenizer.from_directory(), 16, 32, "train")
+        for _ in range(100):
+            inputs, targets, _ = next(loader)
+            if inputs.is_cuda:
+                torch.cuda._sleep(10**6)  # so that the host runs ahead
+            yield torch.stack([inputs, targets])
+
+    expected = torch.stack(list(batches()))
+    monkeypatch.setattr(prepare, "DEVICE", "cuda")
+    assert torch.equal(torch.stack(list(batches())).cpu(), expected)
 
 
 def test_the_clock_starts_with_the_first_batch(tiny):
