@@ -25,10 +25,13 @@ TEXTS = [text for path in modules if (text := path.read_text("utf-8", errors="re
 with (CORPUS / "stdlib.jsonl").open("w") as lines:
     lines.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
 
+# where the user's prepare.py has put FlashAttention-3, if it has
+USERS_CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)  # with bytecode torch is imported in half the time
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}  # over ENV: they may use one
 ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # of processes that tests start: they never look for a GPU
 PEOPLE = {f"GIT_{who}_{what}": "agent" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 GIT_ENV = {**ENV, **PEOPLE, "GIT_CONFIG_GLOBAL": os.devnull}  # of git: the same on any machine
