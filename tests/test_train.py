@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -280,30 +281,32 @@ def test_a_cpu_takes_blocks_of_queries_once_compiled(monkeypatch):
 SLOPE = 3.0
 
 
-class Identity(torch.autograd.Function):
-    """An autograd function of its own, as FlashAttention-3 is one, whose gradient is SLOPE."""
+class Square(torch.autograd.Function):
+    """An autograd function of its own, as FlashAttention-3 is one, whose gradient is SLOPE * x."""
 
     @staticmethod
     def forward(ctx, x):
-        return 1.0 * x
+        ctx.save_for_backward(x)
+        return x * x
 
     @staticmethod
     def backward(ctx, g):
-        return SLOPE * g
+        (x,) = ctx.saved_tensors
+        return SLOPE * x * g
 
 
 @COMPILES
 def test_graphs_with_an_autograd_function_are_kept_between_runs_and_never_out_of_date(monkeypatch):
     counters = torch._dynamo.utils.counters["aot_autograd"]
-    allowed = torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True)
-    with allowed, torch._inductor.utils.fresh_cache():
-        for slope, seen in ((3.0, "miss"), (3.0, "hit"), (5.0, "miss")):
+    one, other = random.random(), random.random()  # which no earlier test has compiled
+    with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
+        for slope, seen in ((one, "miss"), (one, "hit"), (other, "miss")):
             monkeypatch.setattr(sys.modules[__name__], "SLOPE", slope)
             torch._dynamo.reset()
             counters.clear()
             x = torch.randn(8, requires_grad=True)
-            torch.compile(lambda x: Identity.apply(x.sin()).sum(), fullgraph=True)(x).backward()
-            assert torch.allclose(x.grad, slope * x.detach().cos())
+            torch.compile(lambda x: Square.apply(x).sum(), fullgraph=True)(x).backward()
+            assert torch.allclose(x.grad, slope * x.detach())
             assert [name for name in ("miss", "hit") if counters[f"autograd_cache_{name}"]] == [seen]
 
 
