@@ -38,8 +38,11 @@ GIT_ENV = {**ENV, **PEOPLE, "GIT_CONFIG_GLOBAL": os.devnull}  # of git: the same
 command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 
+import torch  # noqa: E402
+
 import prepare  # noqa: E402
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 TINY = prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40)
 HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"  # of results.tsv
 

@@ -22,14 +22,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CORPUS, ENV, ROOT, TEXTS
+from conftest import CORPUS, CUDA, ENV, ROOT, TEXTS
 from torch import nn
 from torch._inductor.compile_worker.subproc_pool import SubprocException, SubprocPool
 
 import prepare
 from prepare import Tokenizer, check_model, evaluate_bpb, make_dataloader
-
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 ODD_TEXTS = [
     "",
@@ -609,7 +607,12 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
     assert hidden.returncode == 0, hidden.stderr
 
 
-def test_a_mirror_without_a_scheme_is_one_sentence_once_something_is_to_be_downloaded(cache, monkeypatch):
+def test_a_mirror_without_a_scheme_is_one_sentence():
+    result = run("prepare.py", "--source", "tinystories", HF_ENDPOINT="hf-mirror.example")
+    assert result.returncode == 1 and result.stderr.startswith("error: HF_ENDPOINT=hf-mirror.example")
+
+
+def test_a_mirror_without_a_scheme_matters_once_something_is_to_be_downloaded(cache, monkeypatch):
     monkeypatch.setattr(prepare, "HUB", "hf-mirror.example")
     for download in (lambda: prepare.find_source("tinystories", 1), lambda: prepare.default_source("small")):
         with pytest.raises(SystemExit, match="error: HF_ENDPOINT=hf-mirror.example is no web address"):
