@@ -596,7 +596,7 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     os.rename(aside, folder)
 
 
-def load_rows(split: str) -> np.ndarray:
+def load_rows(split: str) -> np.memmap:
     """(rows, MAX_SEQ_LEN + 1) uint16 of the current preparation, mapped from disk, read-only."""
     folder, meta = prepared()
     path, shape = folder / f"{split}.bin", (meta["splits"][split]["rows"], MAX_SEQ_LEN + 1)
@@ -678,7 +678,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
         stop(f"a batch of {B} x {T} cannot be had; T must divide {MAX_SEQ_LEN}")
     check_tokenizer(tokenizer)
     rows = load_rows("train")
-    read_ahead(prepared()[0] / "train.bin")
+    read_ahead(rows.filename)
     watch(STARTUP_SECONDS)
     return batches(np.lib.stride_tricks.sliding_window_view(rows, T + 1, axis=1)[:, ::T], B)
 

@@ -196,7 +196,8 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
                 if name != "fa3":  # FlexAttention outside of a graph is slower than any other
                     raise
                 probe_attention(attend, windows, T, compiled, fullgraph=False)
-                print(f"attention: {name} breaks the compiled graph in every layer ({prepare.reason(error)})")
+                why = prepare.reason(error)
+                print(f"attention: {name} breaks the compiled graph in every layer ({why})", flush=True)
             return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch: the cure is the same
             print(f"attention: {name} cannot be used here ({prepare.reason(error)})", flush=True)
@@ -439,13 +440,19 @@ class MuonAdamW(torch.optim.Optimizer):
         self.run = torch.compile(self.run, dynamic=False, fullgraph=True) if compiled else self.run
 
     @staticmethod
-    def run(jobs: list[tuple]) -> list[torch.Tensor | None]:
-        """Update all groups. Returns what muon_update returns, and None for groups of the other kind."""
-        return [(muon_update if kind == "muon" else adamw_update)(*arguments) for kind, *arguments in jobs]
+    def run(jobs: list[tuple]) -> list[torch.Tensor]:
+        """Update all groups. Returns the new second moments of Muon's groups, in their order."""
+        seconds = []
+        for kind, *arguments in jobs:
+            if kind == "muon":
+                seconds.append(muon_update(*arguments))
+            else:
+                adamw_update(*arguments)
+        return seconds
 
     @torch.no_grad()
     def step(self) -> None:
-        jobs, states = [], []
+        jobs, muon_states = [], []
         for group in self.param_groups:
             kind, lr, (beta1, beta2) = group["kind"], group["lr"], group["betas"]
             params = [p for p in group["params"] if p.grad is not None]
@@ -464,10 +471,10 @@ class MuonAdamW(torch.optim.Optimizer):
             scalars = torch.tensor([lr, group["lr"] * group["weight_decay"], beta1]).unbind()
             grads = [p.grad for p in params]
             jobs.append((kind, params, grads, state["first"], state["second"], *scalars, beta2))
-            states.append(state)
-        for state, second in zip(states, self.run(jobs), strict=True):
-            if second is not None:
-                state["second"] = second
+            if kind == "muon":
+                muon_states.append(state)
+        for state, second in zip(muon_states, self.run(jobs), strict=True):
+            state["second"] = second
 
 
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
