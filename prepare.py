@@ -1,18 +1,18 @@
 """
-Data, tokenizer, clock and metric of autoresearch. LOCKED: nobody edits this file once a run has begun.
+Text, tokenizer, clock and metric of autoresearch. LOCKED: nobody edits this file during a night.
 
     uv run prepare.py                      # the source and the scale that suit this machine
     uv run prepare.py --source python      # needs no network
     uv run prepare.py --source my_texts/   # your own .parquet, .jsonl, .txt or .md
 
-Run as a script it prepares text for training, once. Imported by train.py it gives the tokenizer, the data
-loader with the clock, and evaluate_bpb, the only metric that counts.
+As a script it makes a dataset out of text: a tokenizer and two files of packed rows. Imported by
+train.py it gives the tokenizer, the data loader with the clock, and evaluate_bpb, the only metric.
 """
 
 import signal
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is ever half-written, so Ctrl-C ends it at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it; nothing is half-written
 
 import argparse
 import bisect
@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -57,8 +57,8 @@ def stop(message: str) -> NoReturn:
 def reason(error: Exception) -> str:
     """The line of an error's message that says what went wrong, fit for a sentence.
 
-    That is the first line that does not merely announce another one by a colon at its end. Where the message
-    quotes a traceback, as that of a worker of the compiler does, it is the line below the traceback's frames.
+    It is the first line that does not end in a colon, since such a line only announces another one.
+    Where the message quotes a traceback, it is the line below the traceback's frames.
     """
     text = str(error).strip() or type(error).__name__
     quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
@@ -67,7 +67,7 @@ def reason(error: Exception) -> str:
 
 
 # ---------------------------------------------------------------------------
-# Scales, device, budget
+# Scales, device, budget, dataset
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,17 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240),  # a CUDA GPU; 21M validation tokens
-    "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048),  # CPU, Apple silicon; 0.5M of them
+    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240),  # CUDA; 21M tokens validate
+    "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048),  # CPU, Apple silicon; 0.5M tokens
 }
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
-ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3 on the hub: repository, version
-KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder it was put in
-CODE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # in every key and every digest
+ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3: hub repository, version
+KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder with the kernel
+CODE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # in every key and digest
 
 
 def nvidia_gpu_present() -> bool:
-    """Whether the machine has an NVIDIA GPU that the user has not hidden, whatever torch thinks of it."""
+    """Whether the machine has an NVIDIA GPU that the user has not hidden, whatever torch sees."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
         return False
     if any(Path("/dev").glob("nvidia[0-9]*")):
@@ -98,10 +98,10 @@ def nvidia_gpu_present() -> bool:
 
 
 def pick_device() -> str:
-    """The training device: "cuda", "mps" or "cpu". An NVIDIA GPU that torch cannot use ends the process."""
+    """The training device: "cuda", "mps" or "cpu". Ends the process if torch cannot use the GPU."""
     if torch.cuda.is_available() or nvidia_gpu_present():
         try:
-            torch.ones(1, device="cuda").add(1).item()  # one launch: catches old drivers and old GPUs alike
+            torch.ones(1, device="cuda").add(1).item()  # fails for old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
             stop(
                 f"torch {torch.__version__} cannot use the NVIDIA GPU here ({reason(error)}); "
@@ -113,19 +113,19 @@ def pick_device() -> str:
 
 
 def from_environment(name: str, default: float, kind: type, low: float, high: float) -> float:
-    """A number from an environment variable; ends the process where it is none or out of bounds."""
+    """A number from an environment variable. Ends the process if it is none or out of bounds."""
     text = os.environ.get(name) or str(default)
     try:
         value = kind(text)
     except ValueError:
         value = math.nan
     if not low <= value <= high:
-        stop(f"{name}={text} is not a number from {low} to {high}; unset it for the default, {default}")
+        stop(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
     return value
 
 
-def current_preparation() -> tuple[Path, dict] | None:
-    """The folder that `current` names, and its meta.json; None before anything is prepared."""
+def find_dataset() -> tuple[Path, dict] | None:
+    """The folder that the file `current` names, and its meta.json; None if nothing is prepared."""
     try:
         folder = CACHE / (CACHE / "current").read_text().strip()
         meta = json.loads((folder / "meta.json").read_text())
@@ -135,19 +135,19 @@ def current_preparation() -> tuple[Path, dict] | None:
 
 
 DEVICE = pick_device()
-TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 300)  # seconds; less for a smoke test
-PREPARATION = current_preparation()
-SCALE = PREPARATION[1]["scale"] if PREPARATION else "full" if DEVICE == "cuda" else "small"
+TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 300)  # seconds of training
+DATASET = find_dataset()
+SCALE = DATASET[1]["scale"] if DATASET else "full" if DEVICE == "cuda" else "small"
 MAX_SEQ_LEN = SCALES[SCALE].seq_len
 
 
-def prepared() -> tuple[Path, dict]:
-    """The preparation to train on; ends the process where there is none, or one of another prepare.py."""
-    if PREPARATION is None:
-        stop("no data is prepared yet; run `uv run prepare.py` first (`--source python` needs no network)")
-    if PREPARATION[1]["prepare"] != CODE_HASH:
-        stop("the data was prepared by another version of prepare.py; run `uv run prepare.py` again")
-    return PREPARATION
+def dataset() -> tuple[Path, dict]:
+    """The folder and meta.json of the dataset to train on. Ends the process if there is none."""
+    if DATASET is None:
+        stop("no data is prepared; run `uv run prepare.py` (`--source python` needs no network)")
+    if DATASET[1].get("code") != CODE_HASH:
+        stop("another version of prepare.py prepared the data; run `uv run prepare.py` again")
+    return DATASET
 
 
 # ---------------------------------------------------------------------------
@@ -161,6 +161,7 @@ NUM_SHARDS = 16  # 400B tokens in 6,543 shards are 61M each: enough for the 900M
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+BYTES = {"unit": "B", "unit_scale": True}  # for a progress bar
 
 
 def hub_url(path: str = "") -> str:
@@ -180,7 +181,7 @@ def downloads(repo: str) -> Path:
 
 
 def fetch(repo: str, name: str) -> Path:
-    """One file of a hub dataset, downloaded unless it is here. Ends the process if it cannot be had."""
+    """Download a file of a hub dataset unless it is here. Ends the process if it cannot be had."""
     path = downloads(repo) / name
     if path.exists():
         return path
@@ -192,23 +193,27 @@ def fetch(repo: str, name: str) -> Path:
             os.replace(part, path)
             return path
         except (requests.RequestException, ValueError) as error:
-            broken = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
-            reason = broken if isinstance(error, requests.RequestException) else str(error)
+            why = str(error)
+            if isinstance(error, requests.RequestException):
+                why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
             if pause is None or isinstance(error, Refused):
                 stop(
-                    f"cannot download {name} of {repo}: {reason}; `uv run prepare.py` again resumes, "
+                    f"cannot download {name} of {repo}: {why}; `uv run prepare.py` again resumes, "
                     "and `uv run prepare.py --source python` needs no network"
                 )
             time.sleep(pause)
 
 
 def download(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of `url`, and check the whole; what cannot be trusted is deleted.
+    """Append to the file `part` what it lacks of `url`, check it, and delete it if it is wrong.
 
     Raises Refused where a retry is useless, ValueError or requests' own errors where it is not.
     """
-    have = max(0, part.stat().st_size - 1) if part.exists() else 0  # a last byte to ask for, if all is here
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    # Ask for the last byte again: a range that begins beyond the end would be an error.
+    have = max(0, part.stat().st_size - 1) if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
     if token := os.environ.get("HF_TOKEN", "").strip():
         headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -220,24 +225,26 @@ def download(url: str, part: Path) -> None:
             kind = ValueError if status == 429 or status >= 500 else Refused
             raise kind(f"HTTP {status} {response.reason}")
         if status != 206:
-            have = 0  # the server ignored the Range: start over
+            have = 0  # the server ignored the range: start over
+        # The hub announces size and sha256 before it redirects to its storage.
         hops = [hop.headers for hop in (*response.history, response)]
-        hub = next((headers for headers in hops if "X-Linked-Etag" in headers), {})  # not the storage's
+        hub = next((headers for headers in hops if "X-Linked-Etag" in headers), {})
         rest = response.headers.get("Content-Length")
         size = int(hub.get("X-Linked-Size") or (have + int(rest) if rest else 0))
-        bar = tqdm(total=size or None, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=None)
+        sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
+        bar = tqdm(total=size or None, initial=have, desc=part.stem, disable=None, **BYTES)
         with part.open("r+b" if have else "wb") as file, bar:
             file.truncate(have)
             file.seek(have)
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
-    got, sha256 = part.stat().st_size, hub.get("X-Linked-Etag", "").strip('W/"')
+    got = part.stat().st_size
     if got < size:
         raise ValueError(f"{got:,} bytes arrived of {size:,}")
     try:
         if size and got > size or len(sha256) == 64 and file_hash(part) != sha256:
-            raise ValueError("the file differs from the one that the hub announced (size or sha256)")
+            raise ValueError("the file is not the one that the hub announced (size or sha256)")
         pq.ParquetFile(part)
     except (pa.ArrowException, OSError, ValueError) as error:
         part.unlink()
@@ -254,7 +261,7 @@ def file_hash(path: Path) -> str:
 
 
 def default_source(scale: str) -> str:
-    """The hub's source for a scale; `python`, with a printed line, where neither cache nor hub has it."""
+    """The hub's source for a scale, or `python` where neither the cache nor the hub has it."""
     source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
     if not any(downloads(repo).glob("*.parquet")):
         try:
@@ -269,32 +276,39 @@ def default_source(scale: str) -> str:
 # Text sources: files -> documents
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
-LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines into documents of 2,000 or more
-CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)
-VAL_FRACTION = 0.05  # of the documents, by lowest hash of their text
+LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines
+CUT_TEXT = re.compile(
+    r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL
+)  # 2,000 characters or more
+VAL_FRACTION = 0.05  # of the documents validates: those with the lowest hash of their text
 
-# name, files in reading order, and files to validate on; None takes the validation split out of the former
-Source = tuple[str, list[Path], list[Path] | None]
+
+class Source(NamedTuple):
+    name: str
+    files: list[Path]  # in reading order
+    val_files: list[Path] | None  # if None, a part of `files` validates
 
 
 def find_source(source: str, num_shards: int) -> Source:
-    """The files of a source, downloaded where need be. Ends the process where there are none."""
+    """The files of a source, downloaded if need be. Ends the process if there are none."""
     if source == "climbmix":
-        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # when one fails, those under way are completed
-            *train, val = pool.map(climbmix_shard, [*range(num_shards), CLIMBMIX_VAL_SHARD])
-        return source, train, [val]
+        shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
+        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # when one fails, the others complete
+            *train, val = pool.map(climbmix_shard, shards)
+        return Source(source, train, [val])
     if source == "tinystories":
-        return source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None
+        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None)
     if source == "python":
-        return source, python_files(), None
+        return Source(source, python_files(), None)
     path = Path(source).expanduser()
     if not path.exists():
-        stop(f"there is no source or path `{source}`; take climbmix, tinystories, python, or a path to text")
+        stop(f"no source or path `{source}`; name climbmix, tinystories, python, or your own text")
     found = path.rglob("*") if path.is_dir() else [path]
     files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
     if not files:
         stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
-    return re.sub(r"[^\w.-]+", "_", path.resolve().stem) or "text", files, None
+    name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
+    return Source(name or "text", files, None)
 
 
 def climbmix_shard(shard: int) -> Path:
@@ -305,13 +319,15 @@ def python_files() -> list[Path]:
     """The .py files of the standard library and of every installed package."""
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
     packages = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-    found = {p for p in stdlib.rglob("*.py") if not {"site-packages", "dist-packages"} & set(p.parts)}
-    found |= {p for folder in packages for p in folder.rglob("*.py")}
-    return sorted(p for p in found if p.is_file())
+    nested = {"site-packages", "dist-packages"}  # folders in the library, but not of it
+    found = {path for path in stdlib.rglob("*.py") if not nested & set(path.parts)}
+    for folder in packages:
+        found.update(folder.rglob("*.py"))
+    return sorted(path for path in found if path.is_file())
 
 
 def documents(files: Iterable[Path]) -> Iterator[str]:
-    """Every non-blank document of the files, in order. Ends the process at a file that is not text."""
+    """Every document of the files that is not blank, in order. Ends the process at a bad file."""
     for path in files:
         for text in READERS[path.suffix](path):
             if text and not text.isspace():
@@ -335,7 +351,7 @@ def read_jsonl(path: Path) -> Iterator[str]:
                 # a lone surrogate, which JSON may spell and UTF-8 may not, becomes U+FFFD
                 yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             except (ValueError, KeyError, TypeError, AttributeError):
-                stop(f"{path}, line {number} is not a JSON object with a string under the key `text`")
+                stop(f"{path}, line {number} is not a JSON object with a string in `text`")
 
 
 def read_plain(path: Path) -> Iterator[str]:
@@ -349,13 +365,14 @@ def read_plain(path: Path) -> Iterator[str]:
 
 
 READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, ".md": read_plain}
-READERS[".py"] = lambda path: [path.read_text("utf-8", errors="replace")]  # for the source `python` only
+READERS[".py"] = lambda path: [path.read_text("utf-8", errors="replace")]  # source `python` only
 
 
 def split_by_hash(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Which documents train and which validate, with all but the first copy of a text left out.
+    """Which documents train and which validate. Only the first copy of a text does either.
 
-    Returns a boolean mask over documents(files), and the indices of the validation documents by rising hash.
+    Returns a boolean mask over documents(files), and the indices of the validation documents, by
+    rising hash.
     """
     hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents(files))
     hashes = np.fromiter((int.from_bytes(h, "big") for h in hashes), np.uint64)
@@ -370,17 +387,17 @@ def split_by_hash(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
 # Tokenizer
 
 BOS = "<|bos|>"
-# GPT-4's split pattern, but with at most two digits together: a small vocabulary has no room for more.
+# GPT-4's pattern, but with at most two digits together: a small vocabulary has no room for more
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 TOKENIZER_BYTES = 200_000_000  # of training text
-ENCODE_CHARS = 4_000_000  # characters encoded in one call
+ENCODE_TEXTS = 256  # documents encoded in one call
 
 
 class Tokenizer:
-    """Byte-level BPE with one special token, BOS. Any text encodes, and what it spells is never special."""
+    """Byte-level BPE with one special token, BOS. Text that spells BOS is ordinary text."""
 
     def __init__(self, bpe: BPE):
         bpe.encode_special_tokens = True  # a reload forgets it
@@ -389,8 +406,8 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path | None = None) -> "Tokenizer":
-        """The tokenizer of the current preparation, or of another folder."""
-        return cls(BPE.from_file(str((directory or prepared()[0]) / "tokenizer.json")))
+        """The tokenizer of the dataset to train on, or of another folder."""
+        return cls(BPE.from_file(str((directory or dataset()[0]) / "tokenizer.json")))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -414,8 +431,8 @@ class Tokenizer:
     def get_bos_token_id(self) -> int:
         return self.bos
 
-    def encode(self, text: str | list[str], prepend: int | str | None = None) -> list[int] | list[list[int]]:
-        """Token ids of a text, or of each text of a list; `prepend`, a token or its id, goes before them."""
+    def encode(self, text: str | list[str], prepend: int | str | None = None) -> list:
+        """Token ids of a text, or of each text in a list, after `prepend`: a token or its id."""
         if isinstance(prepend, str):
             prepend = self.bpe.token_to_id(prepend)
         head = [] if prepend is None else [prepend]
@@ -427,10 +444,8 @@ class Tokenizer:
         return self.bpe.decode(list(ids), skip_special_tokens=False)
 
     def token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int64: the bytes of text that each token stands for; BOS stands for none.
-
-        In a byte-level vocabulary every character of a token's string is one byte.
-        """
+        """(vocab_size,) int64: the bytes of text that each token stands for, none for BOS."""
+        # In a byte-level vocabulary every character of a token's string is one byte.
         lengths = np.array([len(self.bpe.id_to_token(i)) for i in range(self.get_vocab_size())])
         lengths[self.bos] = 0
         return lengths
@@ -446,16 +461,11 @@ def head_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 
 def tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
-    """uint16 token ids of each text, without BOS; encoded on all cores."""
-    batch, chars = [], 0
-    for text in itertools.chain(texts, [None]):
-        if text is not None:
-            batch.append(text)
-            chars += len(text)
-        if batch and (text is None or chars >= ENCODE_CHARS):
-            for ids in tokenizer.encode(batch):
-                yield np.array(ids, np.uint16)
-            batch, chars = [], 0
+    """uint16 token ids of each text, without BOS. All cores encode."""
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, ENCODE_TEXTS)):
+        for ids in tokenizer.encode(batch):
+            yield np.array(ids, np.uint16)
 
 
 # ---------------------------------------------------------------------------
@@ -467,30 +477,34 @@ WAITING = 2048  # pieces to choose from
 def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.ndarray]:
     """Best-fit packing of tokenised documents into full rows (row_len,) of uint16.
 
-    A document is cut into pieces of at most a row, each begun by BOS. The longest waiting piece that fits
-    goes in; when none fits, the longest of all is cropped to fill the row, and its rest waits on behind a BOS
-    of its own. So all text ends up in a row, but for what is left when the last row cannot be filled.
+    A document is cut into pieces of at most a row, with BOS before each. The longest waiting piece
+    that fits goes into the row. When none fits, the longest of all is cropped to fill the row, and
+    its rest goes on waiting with a BOS of its own. So only the last, unfilled row is lost.
     """
     head = np.array([bos], np.uint16)
-    body = row_len - 1
-    cut = (np.concatenate([head, ids[i : i + body]]) for ids in texts for i in range(0, len(ids), body))
-    lengths, pieces = [], []  # waiting, sorted by length
+    lengths, waiting = [], []  # of the waiting pieces, sorted by length
 
     def wait(piece: np.ndarray) -> None:
         i = bisect.bisect(lengths, len(piece))
         lengths.insert(i, len(piece))
-        pieces.insert(i, piece)
+        waiting.insert(i, piece)
 
+    def cut() -> Iterator[np.ndarray]:
+        for ids in texts:
+            for i in range(0, len(ids), row_len - 1):
+                yield np.concatenate([head, ids[i : i + row_len - 1]])
+
+    pieces = cut()
     while True:
-        for piece in itertools.islice(cut, WAITING - len(pieces)):
+        for piece in itertools.islice(pieces, WAITING - len(waiting)):
             wait(piece)
         row, room = [], row_len
         while room:
-            if not pieces:
+            if not waiting:
                 return
-            i = bisect.bisect(lengths, room) - 1
+            i = bisect.bisect(lengths, room) - 1  # -1, the longest of all, if none fits
             del lengths[i]
-            piece = pieces.pop(i)  # i = -1: none fits, and the last is the longest
+            piece = waiting.pop(i)
             if len(piece) > room:
                 wait(np.concatenate([head, piece[room:]]))
             row.append(piece[:room])
@@ -499,30 +513,27 @@ def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.nda
 
 
 def write_rows(
-    path: Path, texts: Iterable[str], tokenizer: Tokenizer, seq_len: int, max_rows: int | None
-) -> dict[str, float]:
-    """Tokenise and pack texts into a file of rows. Returns its number of rows, bytes of text, and seconds."""
-    start, count = time.time(), {"rows": 0, "bytes": 0}
-    token_bytes = tokenizer.token_bytes()
-    rows = itertools.islice(pack(tokenize(tokenizer, texts), seq_len + 1, tokenizer.bos), max_rows)
+    path: Path, texts: Iterator[str], tokenizer: Tokenizer, seq_len: int, max_rows: int | None
+) -> int:
+    """Tokenise and pack texts into a file of rows. Returns how many there are."""
+    rows = pack(tokenize(tokenizer, texts), seq_len + 1, tokenizer.bos)
+    rows = itertools.islice(rows, max_rows)
     with path.open("wb") as file:
         for row in tqdm(rows, desc=path.stem, unit=" rows", unit_scale=True, disable=None):
             row.tofile(file)
-            count["rows"] += 1
-            count["bytes"] += int(token_bytes[row].sum())
-    return count | {"seconds": round(time.time() - start, 1)}
+    return path.stat().st_size // (2 * (seq_len + 1))
 
 
 # ---------------------------------------------------------------------------
-# Preparations on disk
+# Datasets on disk
 
 MIN_ROWS = {"train": 64, "val": 8}
 
 
-def prepare(source_name: str | None, scale_name: str, num_shards: int) -> Path:
-    """Prepare a source at a scale unless that was done before, and make it the one that trains.
+def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> Path:
+    """Make a dataset unless it is there, and select it for training. Returns its folder.
 
-    A second process waits for the first. A kill at any moment leaves nothing that the next call cannot mend.
+    A second process waits for the first. The next call mends what a killed process left.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     lock = FileLock(CACHE / "lock")
@@ -533,8 +544,8 @@ def prepare(source_name: str | None, scale_name: str, num_shards: int) -> Path:
         held = lock.acquire()
     with held:
         source = find_source(source_name or default_source(scale_name), num_shards)
-        key = preparation_key(source, scale_name)
-        folder = CACHE / f"{source[0]}-{scale_name}-{key[:12]}"
+        key = dataset_key(source, scale_name)
+        folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
         if not folder.exists():
             build(folder, source, scale_name, key)
         pointer = CACHE / "current.part"
@@ -543,63 +554,63 @@ def prepare(source_name: str | None, scale_name: str, num_shards: int) -> Path:
     return folder
 
 
-def preparation_key(source: Source, scale_name: str) -> str:
-    """Hash of all that determines a preparation: this file, the scale, and every byte of text in order."""
-    _, files, val_files = source
+def dataset_key(source: Source, scale_name: str) -> str:
+    """Hash of all that determines a dataset: this file, the scale, and the text in its order."""
     with ThreadPoolExecutor() as pool:
-        hashes = [list(pool.map(file_hash, group)) for group in (files, val_files or [])]
-    suffixes = [path.suffix for path in files]
-    return hashlib.sha256(json.dumps([CODE_HASH, scale_name, suffixes, hashes]).encode()).hexdigest()
+        train = list(pool.map(file_hash, source.files))
+        val = list(pool.map(file_hash, source.val_files or []))
+    suffixes = [path.suffix for path in source.files]
+    parts = json.dumps([CODE_HASH, scale_name, suffixes, [train, val]])
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def split_source(source: Source) -> tuple[Iterator[str], Iterator[str], Iterator[str]]:
+    """Documents to train on, to validate on, and to train the tokenizer on."""
+    if source.val_files:
+        shards = (climbmix_shard(number) for number in itertools.count())
+        return documents(source.files), documents(source.val_files), documents(shards)
+    mask, val_index = split_by_hash(source.files)
+    if not mask.any():
+        stop(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
+    held_out = set(val_index.tolist())
+    val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
+    train, tokenizer_texts = (itertools.compress(documents(source.files), mask) for _ in "12")
+    return train, (val[i] for i in val_index.tolist()), tokenizer_texts
 
 
 def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
-    """Train the tokenizer, tokenise and pack both splits, beside `folder`; then rename into place."""
+    """Write a dataset beside `folder`, then rename it into place."""
     scale = SCALES[scale_name]
-    name, files, val_files = source
     aside = folder.with_name("building")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     aside.mkdir()
-    if val_files:
-        train, val = documents(files), documents(val_files)
-        tokenizer_texts = documents(climbmix_shard(shard) for shard in itertools.count())
-    else:
-        mask, val_index = split_by_hash(files)
-        if mask.sum() == 0:
-            stop(f"{name} has {len(val_index)} document(s), too few to split; add text")
-        wanted = set(val_index.tolist())
-        picked = {i: text for i, text in enumerate(documents(files)) if i in wanted}
-        val = (picked[i] for i in val_index.tolist())
-        train, tokenizer_texts = (itertools.compress(documents(files), mask) for _ in range(2))
+    train, val, tokenizer_texts = split_source(source)
 
     start = time.time()
     tokenizer = Tokenizer.train(head_bytes(tokenizer_texts, TOKENIZER_BYTES), scale.vocab_size)
     tokenizer.bpe.save(str(aside / "tokenizer.json"))
-    print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens, trained in {time.time() - start:.1f} s")
+    seconds = time.time() - start
+    print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens, trained in {seconds:.1f} s")
 
-    splits = {}
+    meta = {"source": source.name, "scale": scale_name, "key": key, "code": CODE_HASH}
     for split, texts, max_rows in (("train", train, None), ("val", val, scale.eval_rows)):
-        splits[split] = write_rows(aside / f"{split}.bin", texts, tokenizer, scale.seq_len, max_rows)
-        if splits[split]["rows"] < MIN_ROWS[split]:
+        n_rows = write_rows(aside / f"{split}.bin", texts, tokenizer, scale.seq_len, max_rows)
+        if n_rows < MIN_ROWS[split]:
             shutil.rmtree(aside)
             stop(
-                f"{name} has too little text: {splits[split]['rows']} {split} rows of {scale.seq_len} "
+                f"{source.name} has too little text: {n_rows} {split} rows of {scale.seq_len} "
                 f"tokens, and {MIN_ROWS[split]} are needed; add text or take --scale small"
             )
-    meta = {
-        "source": name,
-        "scale": scale_name,
-        "key": key,
-        "prepare": CODE_HASH,
-        "splits": splits,
-    }
+        meta[f"{split}_rows"] = n_rows
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     os.rename(aside, folder)
 
 
 def load_rows(split: str) -> np.memmap:
-    """(rows, MAX_SEQ_LEN + 1) uint16 of the current preparation, mapped from disk, read-only."""
-    folder, meta = prepared()
-    path, shape = folder / f"{split}.bin", (meta["splits"][split]["rows"], MAX_SEQ_LEN + 1)
+    """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16, mapped from disk."""
+    folder, meta = dataset()
+    path = folder / f"{split}.bin"
+    shape = (meta[f"{split}_rows"], MAX_SEQ_LEN + 1)
     if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
         stop(f"{path} is damaged; delete its folder and run `uv run prepare.py` again")
     return np.memmap(path, np.uint16, "r", shape=shape)
@@ -607,10 +618,7 @@ def load_rows(split: str) -> np.memmap:
 
 @functools.cache
 def read_ahead(path: Path) -> None:
-    """Read a file once in the background, so that its rows lie in memory when the clock starts.
-
-    One madvise over the whole mapping does not do: Linux reads no more of it than a device's window.
-    """
+    """Read a file in the background, so that its rows are in memory when the clock starts."""
 
     def read() -> None:
         with path.open("rb") as file:
@@ -628,12 +636,11 @@ HANG_SECONDS = 300  # beyond the budget, after which a run is taken to hang
 
 
 class Clock:
-    """Counts from the first training batch that the process draws; nothing stops it or sets it back."""
+    """Counts from the first training batch that the process draws. Nothing sets it back."""
 
     def __init__(self):
         self.start: float | None = None
         self.last_draw = 0.0  # seconds on this clock
-        self.cursor = 0  # tokens drawn
 
     def elapsed(self) -> float:
         """Seconds since the first batch was drawn."""
@@ -653,8 +660,17 @@ class Clock:
 clock = Clock()
 
 
+@functools.cache  # all loaders of a process share one order
+def row_order(n_rows: int) -> Iterator[tuple[int, int]]:
+    """Epoch and number of the next row, without end. Every epoch is a new permutation."""
+    for epoch in itertools.count():
+        generator = np.random.default_rng([torch.initial_seed(), epoch])
+        for row in generator.permutation(n_rows):
+            yield epoch + 1, row
+
+
 def watch(seconds: float) -> None:
-    """Unless called again by then, the process shows in so many seconds where it hangs, and exits with 1."""
+    """End the process after so many seconds, and show where it hangs, unless called again."""
     if not hasattr(sys, "ps1"):  # a person at a prompt or in a notebook may take longer
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
@@ -666,169 +682,251 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") -> Iterator:
-    """Endless batches of the training rows: (inputs, targets, epoch).
+    """Endless batches of training rows: (inputs, targets, epoch).
 
-    inputs and targets are int64 (B, T) on the training device, targets one token ahead; the epoch counts from
-    1. T divides MAX_SEQ_LEN: a row gives MAX_SEQ_LEN / T pieces. Rows come in a new order every epoch, drawn
-    from torch.initial_seed(). The first batch starts the clock; a second loader goes on where the first is.
+    Inputs and targets are int64 (B, T) on the training device, targets one token ahead, and the
+    epoch counts from 1. If T divides MAX_SEQ_LEN, each row gives several pieces. The first batch
+    starts the clock. A second loader goes on where the first one is.
     """
     if split != "train":
-        stop("the loader gives training rows only; evaluate_bpb reads the validation rows by itself")
-    if B < 1 or T < 1 or MAX_SEQ_LEN % T:
-        stop(f"a batch of {B} x {T} cannot be had; T must divide {MAX_SEQ_LEN}")
+        stop("the loader gives training rows only; evaluate_bpb reads the validation rows itself")
+    if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
+        stop(f"there is no batch of {B} x {T}: T must divide {MAX_SEQ_LEN}, and that B x T")
     check_tokenizer(tokenizer)
     rows = load_rows("train")
     read_ahead(rows.filename)
     watch(STARTUP_SECONDS)
-    return batches(np.lib.stride_tricks.sliding_window_view(rows, T + 1, axis=1)[:, ::T], B)
+    return batches(rows, B, T)
 
 
-def batches(pieces: np.ndarray, B: int) -> Iterator:
-    """Batches of B out of `pieces`, a view (rows, pieces per row, T + 1) of the rows."""
-    n_rows, per_row, T = pieces.shape[0], pieces.shape[1], pieces.shape[2] - 1
-    cuda = DEVICE == "cuda"
-    buffers = [torch.empty(2, B, T, dtype=torch.int64, device="cpu", pin_memory=cuda) for _ in range(2)]
-    copied = [torch.cuda.Event() for _ in buffers] if cuda else None
-
-    @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng([torch.initial_seed(), epoch]).permutation(n_rows)
-
+def batches(rows: np.ndarray, B: int, T: int) -> Iterator:
+    order = row_order(len(rows))
+    copied = [torch.cuda.Event() for _ in range(2)] if DEVICE == "cuda" else None
     for turn in itertools.count():
         clock.draw()
-        first = -(-clock.cursor // T)
-        clock.cursor = (first + B) * T
-        epoch, piece = np.divmod(np.arange(first, first + B), n_rows * per_row)
-        row = np.concatenate([order(e)[piece[epoch == e] // per_row] for e in np.unique(epoch).tolist()])
-        batch = pieces[row, piece % per_row]  # (B, T + 1) uint16
-        buffer = buffers[turn % 2]
-        if cuda:
-            copied[turn % 2].synchronize()  # its last copy is out: at most two batches are under way
-        buffer.numpy()[0] = batch[:, :-1]
-        buffer.numpy()[1] = batch[:, 1:]
-        inputs, targets = buffer.to(DEVICE, non_blocking=cuda, copy=True)
-        if cuda:
+        epochs, numbers = zip(*itertools.islice(order, B * T // MAX_SEQ_LEN), strict=True)
+        if copied:
+            copied[turn % 2].synchronize()  # at most two batches ahead of the GPU
+        batch = copy_to_device(rows[list(numbers)])  # (rows, MAX_SEQ_LEN + 1)
+        inputs = batch[:, :-1].contiguous().view(B, T)
+        targets = batch[:, 1:].contiguous().view(B, T)
+        if copied:
             copied[turn % 2].record()
-        yield inputs, targets, int(epoch[-1]) + 1
+        yield inputs, targets, epochs[-1]
+
+
+def copy_to_device(rows: np.ndarray) -> torch.Tensor:
+    """The rows as int64 on the training device. On CUDA this does not wait for the copy.
+
+    PyTorch keeps pinned memory until the copies out of it are done.
+    """
+    batch = torch.from_numpy(rows.astype(np.int64))
+    if DEVICE == "cuda":
+        batch = batch.pin_memory()
+    return batch.to(DEVICE, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------
-# Metric: bits per byte, measured by a harness that takes nothing on trust
+# Metric: bits per byte
 
-LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds on the clock; a later batch voids the run
-SLICE = 1 << 26  # logits handled at once in float32 (256 MB)
-NOISE = 0.02  # standard deviation added to every parameter before the early check
-WARM_UPS = 4  # calls on the same input before two are compared: a memory of the last few shows only then
-MAX_WOBBLE = 1 / 64  # how far the same input twice may differ, as a share of the largest logit, or of 64
+SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
 
 
-def harness_digest(tokenizer: Tokenizer) -> str:
-    """12 hex digits over all that gives val_bpb its meaning: values compare only under the same digest."""
-    parts = [CODE_HASH.encode(), str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
-    parts += [load_rows("val").tobytes(), prepared()[1]["key"].encode()]
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:12]
+def val_batch(number: int, batch_size: int, bos: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of a batch of validation rows, (batch_size, MAX_SEQ_LEN) each.
+
+    Copies of the last row fill up the last batch. Their targets are BOS, which does not count.
+    """
+    rows = load_rows("val")[number * batch_size :][:batch_size].astype(np.int64)
+    missing = batch_size - len(rows)
+    rows = np.pad(rows, ((0, missing), (0, 0)), mode="edge")
+    batch = torch.from_numpy(rows).to(DEVICE)
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].clone()
+    targets[batch_size - missing :] = bos
+    return inputs, targets
 
 
 def get_logits(model: nn.Module, inputs: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(B, T, vocab_size) logits of (B, T) inputs; ends the process if they are anything else."""
+    """Logits (B, T, vocab_size) of inputs (B, T). Ends the process if the shape is another."""
     watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
-    logits = model(inputs.clone())  # what the model does to its inputs is its own affair
+    logits = model(inputs.clone())  # a copy, which the model may change
     shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if shape != (*inputs.shape, vocab_size):
-        stop(f"model(inputs) must give logits of shape {(*inputs.shape, vocab_size)}, not {shape}")
+        stop(f"model(inputs) must give logits {(*inputs.shape, vocab_size)}, but it gives {shape}")
     return logits
 
 
-def slices(logits: torch.Tensor) -> Iterator[slice]:
-    """Slices of rows with at most SLICE logits each."""
-    step = max(1, SLICE // logits[0].numel())
-    return (slice(i, i + step) for i in range(0, len(logits), step))
+def in_slices(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Slices along the batch of logits and of other tensors, with at most SLICE logits each."""
+    n_rows = max(1, SLICE // logits[0].numel())
+    return zip(*(tensor.split(n_rows) for tensor in (logits, *others)), strict=True)
 
 
-def score(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor], tokenizer: Tokenizer) -> torch.Tensor:
-    """Nats of one batch, summed over all targets but BOS: a float32 scalar, NaN if a logit is not finite."""
-    inputs, targets = batch
-    logits = get_logits(model, inputs, tokenizer.get_vocab_size())
-    nats = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for part in slices(logits):
-        z, y = logits[part].float(), targets[part]
-        loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none")
-        nats += (loss * (y != tokenizer.bos).flatten()).sum() + 0 * z.amin()  # NaN for -inf; inf spoils loss
-    return nats
+def score(
+    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer
+) -> float:
+    """Nats of a batch: its cross-entropy in float32, summed over all targets but BOS.
 
-
-def keep_masks(B: int, T: int) -> Iterator[torch.Tensor]:
-    """Masks (B, T) of the inputs that each probe keeps.
-
-    First every position is the last one kept, once, a different one in each row. Then whole rows are kept, by
-    the bits of their numbers, so that of any two rows each is kept in some probe while the other changes.
+    Ends the process if a logit is not finite.
     """
-    row, position = torch.arange(B)[:, None], torch.arange(T)
-    for cut in range(0, T, B):
-        yield position <= cut + row
-    for bit in range((B - 1).bit_length()):
-        for kept in (0, 1):
-            yield (row >> bit & 1 == kept).expand(B, T)
+    logits = get_logits(model, inputs, tokenizer.get_vocab_size())
+    nats, finite = torch.zeros((), device=logits.device), True
+    for z, y in in_slices(logits, targets):
+        z = z.float().flatten(0, 1)
+        low, high = z.aminmax()
+        finite &= low.isfinite() & high.isfinite()
+        nats += F.cross_entropy(z, y.flatten(), ignore_index=tokenizer.bos, reduction="sum")
+    if not finite:
+        stop("the model gives logits that are not finite")
+    return nats.item()
 
 
-def probe(model: nn.Module, inputs: torch.Tensor, tokenizer: Tokenizer) -> float:
-    """End the process if logits are not finite, or depend on later tokens, other rows or earlier batches.
+@torch.no_grad()
+def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of the validation rows.
 
-    Two calls are compared bitwise. Where the same input twice differs by itself, four times that is allowed;
-    the largest such difference of a logit is returned.
+    The loss of a token is a number of nats. Another tokenizer cuts a text into other tokens, but
+    the bytes of the text remain the same. So we divide the nats of all target tokens by the bytes
+    of text that these tokens stand for, and by ln 2 for bits. BOS counts in neither sum.
+
+    model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
+    batch size. Ends the process for a model that inspect_model refuses.
+    """
+    check_tokenizer(tokenizer)
+    training = model.training
+    model.eval()
+    rows = load_rows("val")
+    nats = []
+    for number in range(math.ceil(len(rows) / batch_size)):
+        inputs, targets = val_batch(number, batch_size, tokenizer.bos)
+        nats.append(score(model, inputs, targets, tokenizer))
+    inspect_model(model, tokenizer, batch_size, nats)
+    model.train(training)
+    total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
+    return sum(nats) / (math.log(2) * total_bytes)
+
+
+def harness_digest(tokenizer: Tokenizer) -> str:
+    """12 hex digits over all that gives val_bpb its meaning. Only equal digests compare."""
+    parts = [CODE_HASH.encode(), str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
+    parts += [load_rows("val").tobytes(), dataset()[1]["key"].encode()]
+    digests = [hashlib.sha256(part).digest() for part in parts]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------
+# Inspection: what a model must not do
+#
+# A logit may depend on the tokens up to its own and on nothing else. So we change something that it
+# must not depend on, and compare. Two calls on the same input should agree in every bit. Where the
+# hardware makes them differ, four times that difference is the tolerance of all other comparisons.
+
+LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a later batch voids the run
+NOISE = 0.02  # standard deviation of what the early check adds to all parameters
+WARM_UPS = 4  # calls on the same input before the comparisons: they fill a memory of the last few
+MAX_WOBBLE = (
+    1 / 64
+)  # largest difference on the same input, as a share of the largest logit, or of 64
+
+
+def replacement_tokens(inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """Tokens (B, T) that differ from the inputs everywhere.
+
+    Most are random. One in sixteen is BOS, and one in sixteen repeats the token before it, because
+    a model may look ahead for those alone.
     """
     vocab_size, device = tokenizer.get_vocab_size(), inputs.device
     generator = torch.Generator(device).manual_seed(0)
-    shift = torch.randint(1, vocab_size, inputs.shape, generator=generator, device=device)
+    distance = torch.randint(1, vocab_size, inputs.shape, generator=generator, device=device)
     kind = torch.randint(16, inputs.shape, generator=generator, device=device)
-    # what replaces the tokens of a probe: mostly any other one, at times BOS or the token before, repeated
-    other = torch.where(kind == 0, tokenizer.bos, torch.where(kind == 1, inputs.roll(1, 1), inputs))
-    other = torch.where(other == inputs, (inputs + shift) % vocab_size, other)
-    everything = torch.ones_like(inputs, dtype=torch.bool)
+    random = (inputs + distance) % vocab_size
+    special = torch.where(kind == 0, tokenizer.bos, inputs.roll(1, 1))
+    return torch.where((kind <= 1) & (special != inputs), special, random)
 
-    def gap(changed: torch.Tensor, mask: torch.Tensor) -> float:
-        """Largest difference from the base logits where the mask is set."""
-        logits = get_logits(model, changed, vocab_size)
-        gaps = [((logits[s].float() - base[s]).norm(math.inf, -1) * mask[s]).amax() for s in slices(base)]
+
+def prefixes(B: int, T: int) -> Iterator[torch.Tensor]:
+    """Masks (B, T) that keep the beginning of each row and drop what follows.
+
+    Rows are cut at different positions, and every position is the last one kept in some mask.
+    """
+    row, position = torch.arange(B)[:, None], torch.arange(T)
+    for first in range(0, T, B):
+        yield position <= first + row
+
+
+def stripes(B: int, T: int) -> Iterator[torch.Tensor]:
+    """Masks (B, T) that keep every other row, every other two rows, every other four, and so on.
+
+    After each mask comes its opposite. So of any two rows, some mask keeps the first and drops the
+    second.
+    """
+    row, width = torch.arange(B)[:, None], 1
+    while width < B:
+        even = (row // width) % 2 == 0
+        yield even.expand(B, T)
+        yield ~even.expand(B, T)
+        width *= 2
+
+
+def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=()) -> None:
+    """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
+
+    `nats` are the scores of all validation batches, if there are any.
+    """
+    if clock.last_draw > LATEST_DRAW:
+        late = f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s"
+        stop(f"{late}; stop in time")
+    inputs, _ = val_batch(0, batch_size, tokenizer.bos)
+    others = replacement_tokens(inputs, tokenizer)
+    vocab_size = tokenizer.get_vocab_size()
+    for _ in range(WARM_UPS):
+        base = get_logits(model, inputs, vocab_size)
+    base = base.clone()
+    everywhere = torch.ones_like(inputs, dtype=torch.bool)
+
+    def difference(tokens: torch.Tensor, kept: torch.Tensor) -> float:
+        """Largest difference from the base logits at the positions that are kept."""
+        logits = get_logits(model, tokens, vocab_size)
+        gaps = []
+        for z, z_base, keep in in_slices(logits, base, kept):
+            gap = (z.float() - z_base.float()).norm(math.inf, dim=-1)  # (rows, T)
+            gaps.append((gap * keep).amax())
         largest = torch.stack(gaps).max().item()
         if not math.isfinite(largest):
             stop("the model gives logits that are not finite")
         return largest
 
-    for _ in range(WARM_UPS):
-        base = get_logits(model, inputs, vocab_size)
-    base = base.clone()
-    wobble = gap(inputs, everything)
-    if wobble > MAX_WOBBLE * min(64, max(base.amax().item(), -base.amin().item())):
-        stop("the model gives other logits for the same input: does it draw random numbers or keep a memory?")
-    for mask in keep_masks(*inputs.shape):
-        mask = mask.to(device)
-        difference = gap(torch.where(mask, inputs, other), mask)
-        if difference > 4 * wobble:
-            stop(f"the logits depend on later tokens, other rows or earlier batches (by {difference:.2g})")
-    if gap(inputs, everything) > 4 * wobble:
+    # The same input twice
+    wobble = difference(inputs, everywhere)
+    largest_logit = max(base.amax().item(), -base.amin().item())
+    if wobble > MAX_WOBBLE * min(64, largest_logit):
+        stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
+    tolerance = 4 * wobble
+
+    # Other tokens after position t, then other tokens in other rows
+    for what, masks in (("later tokens", prefixes), ("other rows or earlier batches", stripes)):
+        for kept in masks(*inputs.shape):
+            kept = kept.to(inputs.device)
+            gap = difference(torch.where(kept, inputs, others), kept)
+            if gap > tolerance:
+                stop(f"the logits depend on {what} (by {gap:.2g})")
+
+    # The first input again, and the first and the last score again. If no logit moves by more than
+    # the tolerance, no token's nats move by more than twice that.
+    forgets = difference(inputs, everywhere) <= tolerance
+    for number in {0, len(nats) - 1} if nats else ():
+        again = score(model, *val_batch(number, batch_size, tokenizer.bos), tokenizer)
+        forgets &= abs(again - nats[number]) <= 2 * tolerance * inputs.numel()
+    if not forgets:
         stop("the model carries state from one batch to the next")
-    return wobble
-
-
-def val_batches(batch_size: int, bos: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """All validation rows as (inputs, targets). Copies of a row, with BOS targets, fill the last batch."""
-    rows = load_rows("val")
-    for i in range(0, len(rows), batch_size):
-        part = rows[i : i + batch_size].astype(np.int64)
-        part = np.pad(part, ((0, batch_size - len(part)), (0, 0)), mode="edge")
-        batch = torch.from_numpy(part).to(DEVICE)
-        inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].clone()
-        targets[len(rows) - i :] = bos
-        yield inputs, targets
 
 
 @torch.no_grad()
 def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
-    """Before the clock starts: refuse a model that evaluate_bpb would refuse after five minutes.
+    """Inspect a model before the clock starts, so that a faulty one costs seconds and not minutes.
 
-    Adds a little noise to all parameters, since a projection that is still zero hides what lies behind it;
-    the caller restores them.
+    This adds noise to all parameters, which the caller restores: a matrix that is still zero would
+    hide what lies behind it.
     """
     check_tokenizer(tokenizer)
     for parameter in model.parameters():
@@ -836,39 +934,8 @@ def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None
             parameter.add_(torch.randn_like(parameter), alpha=NOISE)
     training = model.training
     model.eval()
-    inputs, _ = next(val_batches(batch_size, tokenizer.bos))
-    probe(model, inputs, tokenizer)
+    inspect_model(model, tokenizer, batch_size)
     model.train(training)
-
-
-@torch.no_grad()
-def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte of the validation rows: total nats / (ln 2 * total bytes of the target tokens).
-
-    model(inputs) gives logits (batch_size, MAX_SEQ_LEN, vocab_size); the cross-entropy is computed here, in
-    float32. BOS targets count in neither sum, and every row counts at any batch size. Ends the process for a
-    run that drew batches too long after its budget, and for a model that probe() refuses.
-    """
-    if clock.last_draw > LATEST_DRAW:
-        stop(f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s; stop in time")
-    check_tokenizer(tokenizer)
-    training = model.training
-    model.eval()
-    inputs, _ = first = next(val_batches(batch_size, tokenizer.bos))
-    wobble = probe(model, inputs, tokenizer)
-    nats = []
-    for last in val_batches(batch_size, tokenizer.bos):
-        nats.append(score(model, last, tokenizer))
-    total_nats = torch.stack(nats).cpu().double().sum().item()
-    if not math.isfinite(total_nats):
-        stop("the model gives logits that are not finite")
-    for batch, before in ((first, nats[0]), (last, nats[-1])):
-        # a logit that moves by no more than four wobbles moves the loss of its target by no more than eight
-        if not (score(model, batch, tokenizer) - before).abs() <= 8 * wobble * inputs.numel():
-            stop("a batch scores differently the second time: the model carries state between batches")
-    model.train(training)
-    total_bytes = int(tokenizer.token_bytes()[load_rows("val")[:, 1:]].sum())
-    return total_nats / (math.log(2) * total_bytes)
 
 
 # ---------------------------------------------------------------------------
@@ -876,7 +943,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
 
 
 def fetch_attention_kernel() -> None:
-    """Put FlashAttention-3 into the hub's cache and note where, so that training needs no network."""
+    """Put FlashAttention-3 into the hub's cache and note where, for training without a network."""
     if torch.cuda.get_device_capability()[0] not in (8, 9):
         return
     from kernels import install_kernel
@@ -890,25 +957,26 @@ def fetch_attention_kernel() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Prepare text for training: once per source and scale.")
-    parser.add_argument("--source", help="climbmix, tinystories, python, or a path to text of your own")
+    parser = argparse.ArgumentParser(description="Make the dataset to train on.")
+    parser.add_argument(
+        "--source", help="climbmix, tinystories, python, or a path to your own text"
+    )
     parser.add_argument("--scale", choices=SCALES, default="full" if DEVICE == "cuda" else "small")
-    parser.add_argument("--num-shards", type=int, default=NUM_SHARDS, help="training shards of climbmix")
+    parser.add_argument(
+        "--num-shards", type=int, default=NUM_SHARDS, help="of climbmix, for training"
+    )
     args = parser.parse_args()
     if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
         parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")
     try:
-        folder = prepare(args.source, args.scale, args.num_shards)
+        folder = make_dataset(args.source, args.scale, args.num_shards)
     except OSError as error:
         stop(f"{error.filename or CACHE}: {error.strerror or error}")
     if DEVICE == "cuda":
         fetch_attention_kernel()
     meta = json.loads((folder / "meta.json").read_text())
-    for split, count in meta["splits"].items():
-        print(
-            f"{split:<10} {count['rows']:,} rows of {SCALES[args.scale].seq_len} tokens, "
-            f"{count['bytes'] / 1e6:.1f} MB of text, in {count['seconds']} s"
-        )
+    for split in ("train", "val"):
+        print(f"{split:<10} {meta[f'{split}_rows']:,} rows of {SCALES[args.scale].seq_len} tokens")
     print(f"ready      {folder.name}; next: uv run train.py")
 
 

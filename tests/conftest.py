@@ -31,9 +31,16 @@ os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)  # with bytecode torch is imported in half the time
-GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}  # over ENV: they may use one
-ENV = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}  # of processes that tests start: they never look for a GPU
-PEOPLE = {f"GIT_{who}_{what}": "agent" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+GPU = {
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+}  # over ENV: they may use one
+ENV = {
+    **os.environ,
+    "CUDA_VISIBLE_DEVICES": "",
+}  # of processes that tests start: they never look for a GPU
+PEOPLE = {
+    f"GIT_{who}_{what}": "agent" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+}
 GIT_ENV = {**ENV, **PEOPLE, "GIT_CONFIG_GLOBAL": os.devnull}  # of git: the same on any machine
 command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
@@ -49,7 +56,9 @@ HEADER = "commit\tval_bpb\tmemory_gb\tstatus\tdescription\n"  # of results.tsv
 
 def git(folder: Path, *args: str, stdin: str | None = None) -> str:
     """What git prints there; raises where it fails."""
-    return subprocess.check_output(["git", *args], cwd=folder, env=GIT_ENV, input=stdin, text=True).strip()
+    return subprocess.check_output(
+        ["git", *args], cwd=folder, env=GIT_ENV, input=stdin, text=True
+    ).strip()
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +81,7 @@ def tiny_cache():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CACHE", SCRATCH / "tiny")
         patch.setitem(prepare.SCALES, "tiny", TINY)
-        prepare.prepare(str(CORPUS), "tiny", 1)
+        prepare.make_dataset(str(CORPUS), "tiny", 1)
     return SCRATCH / "tiny"
 
 
@@ -84,6 +93,7 @@ def tiny(tiny_cache, cache, monkeypatch):
     monkeypatch.setattr(prepare, "DEVICE", "cpu")
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 32)
     monkeypatch.setattr(prepare, "SLICE", 3 * 32 * 512)  # several slices a batch, as at full scale
-    monkeypatch.setattr(prepare, "PREPARATION", prepare.current_preparation())
+    monkeypatch.setattr(prepare, "DATASET", prepare.find_dataset())
     monkeypatch.setattr(prepare, "clock", prepare.Clock())
-    return prepare.PREPARATION[0]
+    prepare.row_order.cache_clear()
+    return prepare.DATASET[0]

@@ -48,13 +48,18 @@ def tokenizer():
 def run(*args, **env):
     """prepare.py or another script in a process of its own."""
     return subprocess.run(
-        [sys.executable, *map(str, args)], capture_output=True, text=True, cwd=ROOT, env={**ENV, **env}
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**ENV, **env},
     )
 
 
 def run_twice_at_once(command, env):
     both = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in "12"
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for _ in "12"
     ]
     outputs = [process.communicate()[0].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
@@ -77,7 +82,9 @@ def test_token_bytes_are_exact_for_tokens_that_are_parts_of_characters():
     broken = Tokenizer.train((e for e in emoji for _ in range(9)), 300)
     alphabet = {c for token in broken.bpe.get_vocab() for c in token if token != prepare.BOS}
     assert len(alphabet) == 256
-    parts = [i for i in range(300) if "\ufffd" in broken.decode([i]) and broken.token_bytes()[i] > 1]
+    parts = [
+        i for i in range(300) if "\ufffd" in broken.decode([i]) and broken.token_bytes()[i] > 1
+    ]
     assert parts, "no merge inside a character: the test tests nothing"
     for text in [*emoji, "".join(emoji), "é😀"]:
         assert broken.token_bytes()[broken.encode(text)].sum() == len(text.encode())
@@ -92,7 +99,11 @@ def test_encode_takes_a_text_or_a_list_and_prepends(tokenizer):
     bos = tokenizer.get_bos_token_id()
     one, two = tokenizer.encode("one"), tokenizer.encode("two 2")
     assert tokenizer.encode(["one", "two 2"]) == [one, two]
-    assert tokenizer.encode("one", prepend=bos) == tokenizer.encode("one", prepend="<|bos|>") == [bos, *one]
+    assert (
+        tokenizer.encode("one", prepend=bos)
+        == tokenizer.encode("one", prepend="<|bos|>")
+        == [bos, *one]
+    )
     assert tokenizer.encode(["one", "two 2"], prepend=bos) == [[bos, *one], [bos, *two]]
 
 
@@ -107,7 +118,11 @@ def test_at_most_two_digits_share_a_token():
 
 def naive_pack(documents, row_len, bos, waiting_limit):
     """The same rule by linear scan over a plain list."""
-    cut = [[bos, *doc[i : i + row_len - 1]] for doc in documents for i in range(0, len(doc), row_len - 1)]
+    cut = [
+        [bos, *doc[i : i + row_len - 1]]
+        for doc in documents
+        for i in range(0, len(doc), row_len - 1)
+    ]
     waiting, rows = [], []
     while True:
         while cut and len(waiting) < waiting_limit:
@@ -133,7 +148,9 @@ def test_packing_is_best_fit(monkeypatch, row_len, waiting):
     rng = np.random.default_rng(0)
     documents = [rng.integers(1, 500, n).astype(np.uint16) for n in rng.geometric(0.02, 600)]
     rows = list(prepare.pack(iter(documents), row_len, 0))
-    assert [row.tolist() for row in rows] == naive_pack([d.tolist() for d in documents], row_len, 0, waiting)
+    assert [row.tolist() for row in rows] == naive_pack(
+        [d.tolist() for d in documents], row_len, 0, waiting
+    )
 
 
 def test_every_row_begins_with_bos_and_all_text_but_the_last_row_survives(tokenizer):
@@ -143,7 +160,9 @@ def test_every_row_begins_with_bos_and_all_text_but_the_last_row_survives(tokeni
     total = sum(map(len, documents))
     kept = (rows != tokenizer.bos).sum()
     assert total - 257 * 2 < kept <= total
-    assert not Counter(rows[rows != tokenizer.bos].tolist()) - Counter(np.concatenate(documents).tolist())
+    assert not Counter(rows[rows != tokenizer.bos].tolist()) - Counter(
+        np.concatenate(documents).tolist()
+    )
 
 
 # ---------------------------------------------------------------------------
@@ -182,7 +201,9 @@ def test_the_split_depends_on_the_texts_alone(tmp_path, cache):
         _, files, _ = prepare.find_source(str(folder), 1)
         train, val = prepare.split_by_hash(files)
         documents = list(prepare.documents(files))
-        found.append(([documents[i] for i in val], {d for d, t in zip(documents, train, strict=True) if t}))
+        found.append(
+            ([documents[i] for i in val], {d for d, t in zip(documents, train, strict=True) if t})
+        )
         assert train.sum() + len(val) == 300
     assert found[0] == found[1]
     assert found[0][0] == lowest_hashes(texts)
@@ -190,7 +211,9 @@ def test_the_split_depends_on_the_texts_alone(tmp_path, cache):
 
 
 def test_documents_of_every_format(tmp_path):
-    pq.write_table(pa.table({"text": ["from parquet", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": ["from parquet", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet"
+    )
     (tmp_path / "b.jsonl").write_text(
         '{"text": "lone \\ud800 surrogate"}\n\n{"text": "\\ud83d\\ude00", "id": 1}\n'
     )
@@ -257,7 +280,7 @@ def test_bad_sources_end_in_one_sentence_and_leave_nothing(tmp_path, cache, file
         for name, data in files.items():
             (folder / name).write_bytes(data)
     with pytest.raises(SystemExit) as stopped:
-        prepare.prepare(str(folder), "small", 1)
+        prepare.make_dataset(str(folder), "small", 1)
     message = str(stopped.value.code)
     assert message.startswith("error: ") and reason in message and "\n" not in message
     assert not (cache / "current").exists() and not list(cache.glob("source-*"))
@@ -271,7 +294,7 @@ def test_too_little_text_names_the_split_that_lacks_it(tmp_path, cache, monkeypa
     monkeypatch.setattr(prepare, "MIN_ROWS", {"train": 64, "val": 8})
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     with pytest.raises(SystemExit, match=rf"\d {split} rows of 256 tokens, and \d+ are needed"):
-        prepare.prepare(str(tmp_path / "a.jsonl"), "small", 1)
+        prepare.make_dataset(str(tmp_path / "a.jsonl"), "small", 1)
 
 
 # ---------------------------------------------------------------------------
@@ -282,19 +305,19 @@ def test_preparing_again_is_the_same_folder_and_other_inputs_are_others(tmp_path
     source = tmp_path / "mine"
     source.mkdir()
     (source / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS[:60]))
-    first = prepare.prepare(str(source), "small", 1)
+    first = prepare.make_dataset(str(source), "small", 1)
     stamp = (first / "meta.json").stat().st_mtime_ns
     moved = tmp_path / "moved" / "mine"
     moved.parent.mkdir()
     source.rename(moved)
-    assert prepare.prepare(str(moved), "small", 1) == first
+    assert prepare.make_dataset(str(moved), "small", 1) == first
     assert (first / "meta.json").stat().st_mtime_ns == stamp
     with (moved / "a.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"text": TEXTS[60]}))
-    second = prepare.prepare(str(moved), "small", 1)
+    second = prepare.make_dataset(str(moved), "small", 1)
     assert second != first and first.exists()
     assert (cache / "current").read_text() == second.name + "\n"
-    assert prepare.preparation_key(prepare.find_source(str(moved), 1), "full")[:12] not in second.name
+    assert prepare.dataset_key(prepare.find_source(str(moved), 1), "full")[:12] not in second.name
 
 
 def test_the_same_inputs_give_the_same_digest_and_rows(tiny, cache, monkeypatch):
@@ -304,18 +327,18 @@ def test_the_same_inputs_give_the_same_digest_and_rows(tiny, cache, monkeypatch)
     for file in tiny.iterdir():
         file.unlink()
     tiny.rmdir()
-    assert prepare.prepare(str(CORPUS), "tiny", 1) == tiny
+    assert prepare.make_dataset(str(CORPUS), "tiny", 1) == tiny
     assert rows == [(tiny / f"{split}.bin").read_bytes() for split in ("train", "val")]
     assert prepare.harness_digest(Tokenizer.from_directory()) == digest
     assert len(digest) == 12 and int(digest, 16) >= 0
     for name, value in (("TIME_BUDGET", 30.0), ("CODE_HASH", "edited")):
         with monkeypatch.context() as patch:
-            patch.setattr(prepare, "prepared", lambda: prepare.PREPARATION)
+            patch.setattr(prepare, "dataset", lambda: prepare.DATASET)
             patch.setattr(prepare, name, value)
             assert prepare.harness_digest(tokenizer) != digest
-    folder, meta = prepare.PREPARATION
+    folder, meta = prepare.DATASET
     for name, value in (
-        ("PREPARATION", (folder, meta | {"key": "other text to train on"})),
+        ("DATASET", (folder, meta | {"key": "other text to train on"})),
         ("load_rows", lambda split: np.zeros((40, 33), np.uint16)),
     ):
         with monkeypatch.context() as patch:
@@ -329,14 +352,18 @@ def test_a_kill_at_any_moment_leaves_nothing_that_a_rerun_does_not_mend(tmp_path
     env = {**ENV, "AUTORESEARCH_CACHE": str(tmp_path)}
     command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "small"]
     for moment in ("building", "building/tokenizer.json", "building/train.bin"):
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not (tmp_path / moment).exists() and process.poll() is None:
             time.sleep(0.001)
         process.kill()
         assert process.wait() == -signal.SIGKILL, f"it ended before {moment} was there"
         assert not (tmp_path / "current").exists() and not list(tmp_path.glob("corpus-*"))
     outputs = run_twice_at_once(command, env)
-    assert [path.name for path in tmp_path.glob("corpus-*")] == [(tmp_path / "current").read_text().strip()]
+    assert [path.name for path in tmp_path.glob("corpus-*")] == [
+        (tmp_path / "current").read_text().strip()
+    ]
     assert not (tmp_path / "building").exists()
     assert sum("waiting for another" in output for output in outputs) <= 1
 
@@ -373,7 +400,9 @@ class Hub:
                 if self.path.startswith("/datasets/"):
                     hub.requests.append((name, start))
                     fault = hub.faults.get(name, [])
-                    self.serve(name, start, fault.pop(0) if len(fault) > 1 else fault[0] if fault else "")
+                    self.serve(
+                        name, start, fault.pop(0) if len(fault) > 1 else fault[0] if fault else ""
+                    )
                 else:
                     self.serve_file(hub.files[name], start)
 
@@ -444,14 +473,14 @@ def fetched(cache):
 
 
 def test_climbmix_is_prepared_from_shards_with_the_last_one_for_validation(hub, cache):
-    one = prepare.prepare("climbmix", "small", 1)
+    one = prepare.make_dataset("climbmix", "small", 1)
     assert set(fetched(cache)) == {"shard_00000.parquet", VAL}
-    two = prepare.prepare("climbmix", "small", 2)
+    two = prepare.make_dataset("climbmix", "small", 2)
     assert fetched(cache) == hub.files and one != two
     assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
     assert (one / "val.bin").read_bytes() == (two / "val.bin").read_bytes()
     served = len(hub.requests)
-    assert prepare.prepare("climbmix", "small", 2) == two and len(hub.requests) == served
+    assert prepare.make_dataset("climbmix", "small", 2) == two and len(hub.requests) == served
 
 
 @pytest.mark.parametrize("fault", ["truncated", "sha256", "html", "drop", 429, 503])
@@ -477,8 +506,10 @@ def test_a_server_that_ignores_the_range_starts_over(hub, cache):
 
 
 def test_the_tokenizer_reads_from_shard_0_on_whatever_the_number_of_shards(hub, cache, monkeypatch):
-    monkeypatch.setattr(prepare, "TOKENIZER_BYTES", sum(len(text.encode()) for text in TEXTS[:60]) + 1)
-    prepare.prepare("climbmix", "small", 1)
+    monkeypatch.setattr(
+        prepare, "TOKENIZER_BYTES", sum(len(text.encode()) for text in TEXTS[:60]) + 1
+    )
+    prepare.make_dataset("climbmix", "small", 1)
     assert set(fetched(cache)) == {"shard_00000.parquet", "shard_00001.parquet", VAL}
 
 
@@ -504,7 +535,9 @@ def test_a_part_that_is_complete_or_rotten_is_not_trusted_but_mended(hub, cache)
         ("html", "no good"),
     ],
 )
-def test_a_lasting_fault_ends_in_one_sentence_and_keeps_the_rest(hub, cache, monkeypatch, fault, reason):
+def test_a_lasting_fault_ends_in_one_sentence_and_keeps_the_rest(
+    hub, cache, monkeypatch, fault, reason
+):
     hub.faults["shard_00001.parquet"] = [fault]
     monkeypatch.setattr(
         sys, "argv", ["prepare.py", "--source", "climbmix", "--scale", "small", "--num-shards", "2"]
@@ -523,7 +556,9 @@ def test_a_lasting_fault_ends_in_one_sentence_and_keeps_the_rest(hub, cache, mon
 
 def test_a_server_that_is_not_there_is_named(hub, cache, monkeypatch):
     monkeypatch.setattr(prepare, "HUB", "http://127.0.0.1:9")
-    with pytest.raises(SystemExit, match="cannot download x.parquet .* no connection to http://127.0.0.1:9"):
+    with pytest.raises(
+        SystemExit, match="cannot download x.parquet .* no connection to http://127.0.0.1:9"
+    ):
         prepare.fetch(prepare.TINYSTORIES, "x.parquet")
 
 
@@ -543,7 +578,9 @@ def test_two_processes_and_a_kill_in_the_middle_of_a_download_do_no_harm(hub, tm
         "drop",
         "",
     ]  # pauses of 1 s and 2 s: time to be killed
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while not [part for part in tmp_path.glob("c/downloads/*/*.part") if part.stat().st_size]:
         assert process.poll() is None
         time.sleep(0.01)
@@ -572,7 +609,7 @@ def test_the_python_source_is_prepared_whatever_its_files_encode(cache, tmp_path
     latin.write_bytes("# coding: latin-1\nname = 'café'\n".encode("latin-1"))
     files = [*prepare.python_files()[:80], latin]
     monkeypatch.setattr(prepare, "python_files", lambda: files)
-    folder = prepare.prepare("python", "small", 1)
+    folder = prepare.make_dataset("python", "small", 1)
     assert folder.name.startswith("python-small-")
     assert "caf\ufffd" in "".join(prepare.documents([latin]))
 
@@ -591,7 +628,10 @@ def test_the_python_source_is_the_standard_library_and_the_packages():
 @pytest.mark.parametrize("value", ["abc", "-1", "0", "301", "nan", "1e9", "2.5"])
 def test_a_bad_number_in_the_environment_is_one_sentence(monkeypatch, value):
     monkeypatch.setenv("SOME_NUMBER", value)
-    with pytest.raises(SystemExit, match=f"error: SOME_NUMBER={value} is not a number from 1 to 300; .*, 7$"):
+    with pytest.raises(
+        SystemExit,
+        match=f"error: SOME_NUMBER={value} is not a number from 1 to 300; unset it for 7$",
+    ):
         prepare.from_environment("SOME_NUMBER", 7, int, 1, 300)
 
 
@@ -609,13 +649,20 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
 
 def test_a_mirror_without_a_scheme_is_one_sentence():
     result = run("prepare.py", "--source", "tinystories", HF_ENDPOINT="hf-mirror.example")
-    assert result.returncode == 1 and result.stderr.startswith("error: HF_ENDPOINT=hf-mirror.example")
+    assert result.returncode == 1 and result.stderr.startswith(
+        "error: HF_ENDPOINT=hf-mirror.example"
+    )
 
 
 def test_a_mirror_without_a_scheme_matters_once_something_is_to_be_downloaded(cache, monkeypatch):
     monkeypatch.setattr(prepare, "HUB", "hf-mirror.example")
-    for download in (lambda: prepare.find_source("tinystories", 1), lambda: prepare.default_source("small")):
-        with pytest.raises(SystemExit, match="error: HF_ENDPOINT=hf-mirror.example is no web address"):
+    for download in (
+        lambda: prepare.find_source("tinystories", 1),
+        lambda: prepare.default_source("small"),
+    ):
+        with pytest.raises(
+            SystemExit, match="error: HF_ENDPOINT=hf-mirror.example is no web address"
+        ):
             download()
     assert prepare.find_source(str(CORPUS), 1)[1]
 
@@ -654,11 +701,20 @@ def test_targets_are_the_inputs_one_token_on(tiny):
     rows = {row.tobytes() for row in prepare.load_rows("train")}
     for _ in range(5):
         inputs, targets, epoch = next(loader)
-        assert inputs.shape == targets.shape == (6, 32) and inputs.dtype == targets.dtype == torch.int64
+        assert (
+            inputs.shape == targets.shape == (6, 32)
+            and inputs.dtype == targets.dtype == torch.int64
+        )
         assert inputs.is_contiguous() and targets.is_contiguous() and epoch == 1
         assert torch.equal(inputs[:, 1:], targets[:, :-1])
         for x, y in zip(inputs, targets, strict=True):
             assert torch.cat([x, y[-1:]]).numpy().astype(np.uint16).tobytes() in rows
+
+
+def start_anew():
+    """Forget the clock and the rows that were drawn, as a new process does."""
+    prepare.clock = prepare.Clock()
+    prepare.row_order.cache_clear()
 
 
 def drawn(loader, batches):
@@ -672,10 +728,12 @@ def test_an_epoch_shows_every_row_once_in_an_order_that_the_seed_decides(tiny):
     orders = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        prepare.clock = prepare.Clock()
+        start_anew()
         loader = make_dataloader(tokenizer, n_rows // 2, 32, "train")
         first, second = drawn(loader, 2), drawn(loader, 2)
-        everything = Counter(row[:-1].astype(np.int64).tobytes() for row in prepare.load_rows("train"))
+        everything = Counter(
+            row[:-1].astype(np.int64).tobytes() for row in prepare.load_rows("train")
+        )
         assert not Counter(first) - everything and len(first) == n_rows // 2 * 2
         assert first != second
         orders.append(first)
@@ -691,7 +749,7 @@ def test_epochs_count_from_one_and_a_batch_may_span_two(tiny):
 def test_a_shorter_T_cuts_rows_into_pieces(tiny):
     tokenizer = Tokenizer.from_directory()
     whole = drawn(make_dataloader(tokenizer, 4, 32, "train"), 1)
-    prepare.clock = prepare.Clock()
+    start_anew()
     quarters = drawn(make_dataloader(tokenizer, 16, 8, "train"), 1)
     assert b"".join(whole) == b"".join(quarters)
 
@@ -700,14 +758,16 @@ def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
     tokenizer = Tokenizer.from_directory()
     one = make_dataloader(tokenizer, 4, 32, "train")
     rows = drawn(one, 3)
-    prepare.clock = prepare.Clock()
+    start_anew()
     rows_again = drawn(make_dataloader(tokenizer, 4, 32, "train"), 1)
     start = prepare.clock.start
     rows_again += drawn(make_dataloader(tokenizer, 8, 32, "train"), 1)
     assert rows == rows_again and prepare.clock.start == start
 
 
-@pytest.mark.parametrize("args", [(4, 32, "val"), (4, 31, "train"), (0, 32, "train"), (4, 64, "train")])
+@pytest.mark.parametrize(
+    "args", [(4, 32, "val"), (4, 31, "train"), (0, 32, "train"), (4, 64, "train")]
+)
 def test_the_loader_refuses_at_once(tiny, args):
     with pytest.raises(SystemExit):
         make_dataloader(Tokenizer.from_directory(), *args)
@@ -719,7 +779,12 @@ def resident_pages(path):
         pages = -(-len(mapping) // mmap.PAGESIZE)
         flags = (ctypes.c_ubyte * pages)()
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), flags) == 0
+        assert (
+            ctypes.CDLL(None).mincore(
+                ctypes.c_void_p(address), ctypes.c_size_t(len(mapping)), flags
+            )
+            == 0
+        )
         return sum(flag & 1 for flag in flags), pages
 
 
@@ -742,7 +807,7 @@ def test_the_rows_are_read_into_memory_before_the_first_batch(tiny):
 @CUDA
 def test_the_pinned_loader_gives_a_gpu_the_rows_that_a_cpu_gets(tiny, monkeypatch):
     def batches():
-        prepare.clock = prepare.Clock()
+        start_anew()
         torch.manual_seed(1)
         loader = make_dataloader(Tokenizer.from_directory(), 16, 32, "train")
         for _ in range(100):
@@ -762,13 +827,19 @@ def test_the_clock_starts_with_the_first_batch(tiny):
     assert prepare.clock.elapsed() == prepare.clock.progress() == 0
     next(loader)
     time.sleep(0.05)
-    before, progress, after = prepare.clock.elapsed(), prepare.clock.progress(), prepare.clock.elapsed()
+    before, progress, after = (
+        prepare.clock.elapsed(),
+        prepare.clock.progress(),
+        prepare.clock.elapsed(),
+    )
     assert 0.05 <= before <= 300 * progress * (1 + 1e-9) and 300 * progress <= after * (1 + 1e-9)
     prepare.clock.start -= 400
     assert prepare.clock.progress() == 1 and prepare.clock.elapsed() > 400
 
 
-def test_the_watchdog_is_set_at_the_loader_the_first_batch_and_every_batch_of_evaluation(tiny, monkeypatch):
+def test_the_watchdog_is_set_at_the_loader_the_first_batch_and_every_batch_of_evaluation(
+    tiny, monkeypatch
+):
     seconds = []
     monkeypatch.setattr(prepare, "watch", seconds.append)
     tokenizer = Tokenizer.from_directory()
@@ -782,7 +853,9 @@ def test_the_watchdog_is_set_at_the_loader_the_first_batch_and_every_batch_of_ev
 
 
 def test_before_anything_is_prepared_the_first_access_says_what_to_run(tmp_path):
-    code = "import prepare; print(prepare.MAX_SEQ_LEN, flush=True); prepare.Tokenizer.from_directory()"
+    code = (
+        "import prepare; print(prepare.MAX_SEQ_LEN, flush=True); prepare.Tokenizer.from_directory()"
+    )
     result = run("-c", code, AUTORESEARCH_CACHE=str(tmp_path))
     assert result.returncode == 1 and result.stdout == "256\n"
     assert "uv run prepare.py" in result.stderr and result.stderr.count("\n") == 1
@@ -879,7 +952,9 @@ def next_token_where(matches):
 
 CHEATS = {
     "the next token where it is BOS": next_token_where(lambda this, following: following == 0),
-    "the next token where it is this one again": next_token_where(lambda this, following: following == this),
+    "the next token where it is this one again": next_token_where(
+        lambda this, following: following == this
+    ),
     "a quick running mean over batches": running_mean(0.3),
     "a slow running mean over batches": running_mean(0.01),
     "one token ahead": ahead(1),
@@ -891,7 +966,9 @@ CHEATS = {
     "a mean over rows": lambda m, z, x: z + 0.1 * m.table[x].mean(0, keepdim=True),
     "the next row": lambda m, z, x: z + 0.1 * m.table[x].roll(1, 0),
     "the row before": lambda m, z, x: z + 0.1 * m.table[x].roll(-1, 0),
-    "two rows swapped into one another": lambda m, z, x: z + 0.1 * m.table[x][[1, 0, *range(2, len(x))]],
+    "two rows swapped into one another": lambda m, z, x: (
+        z + 0.1 * m.table[x][[1, 0, *range(2, len(x))]]
+    ),
     "the memory of earlier batches": remember,
     "NaN in one logit": spoil(math.nan),
     "infinity in one logit": spoil(math.inf),
@@ -924,10 +1001,12 @@ def test_the_early_check_sees_through_a_projection_that_is_still_zero(tiny, name
 def test_a_memory_that_wakes_up_after_the_probes_is_refused(tiny):
     def sharpen_late(model, z, x):
         model.seen.append(x)
-        return z * (1.1 if len(model.seen) > probes + 2 else 1)
+        return z * (1.1 if len(model.seen) > probes else 1)
 
-    probes = prepare.WARM_UPS + 1 + len(list(prepare.keep_masks(8, 32))) + 1
-    with pytest.raises(SystemExit, match="scores differently"):
+    probes = (
+        5 + prepare.WARM_UPS + 1 + 4 + 6 + 1
+    )  # calls before the second scoring: 5 score 40 rows
+    with pytest.raises(SystemExit, match="carries state"):
         evaluate_bpb(Cheat(sharpen_late), Tokenizer.from_directory(), 8)
 
 
@@ -1013,7 +1092,9 @@ def test_one_outlying_logit_does_not_license_randomness(tiny):
 def test_a_little_nondeterminism_of_the_hardware_is_allowed(tiny):
     tokenizer = Tokenizer.from_directory()
     shaky = Cheat(lambda m, z, x: z + 1e-5 * torch.rand_like(z))
-    assert evaluate_bpb(shaky, tokenizer, 8) == pytest.approx(evaluate_bpb(Toy(), tokenizer, 8), rel=1e-4)
+    assert evaluate_bpb(shaky, tokenizer, 8) == pytest.approx(
+        evaluate_bpb(Toy(), tokenizer, 8), rel=1e-4
+    )
 
 
 def test_bpb_of_a_uniform_model_is_log2_vocab_per_token_over_bytes(tiny):
@@ -1039,7 +1120,9 @@ def test_bpb_agrees_with_a_sum_by_hand(tiny):
             if target != tokenizer.bos:
                 nats -= log_probs[position, target].item()
                 n_bytes += len(tokenizer.bpe.id_to_token(target))
-    assert evaluate_bpb(model, tokenizer, 8) == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+    assert evaluate_bpb(model, tokenizer, 8) == pytest.approx(
+        nats / math.log(2) / n_bytes, rel=1e-6
+    )
 
 
 def test_a_run_that_draws_batches_long_after_its_budget_is_refused(tiny, monkeypatch):
@@ -1056,18 +1139,23 @@ def test_a_run_that_draws_batches_long_after_its_budget_is_refused(tiny, monkeyp
 
 
 @pytest.mark.parametrize("B, T", [(1, 8), (2, 8), (5, 16), (64, 32), (128, 32)])
-def test_probes_keep_every_position_as_the_cut_and_tell_any_two_rows_apart(B, T):
-    masks = list(prepare.keep_masks(B, T))
-    cuts = [int(row.sum()) for mask in masks for row in mask if 0 < row.sum() <= T]
-    assert set(range(1, T + 1)) <= set(cuts) | {T}
-    for mask in masks:
+def test_every_position_is_the_last_one_that_some_prefix_keeps(B, T):
+    lengths = set()
+    for mask in prepare.prefixes(B, T):
         assert mask.shape == (B, T)
-        assert all(row.tolist() == sorted(row.tolist(), reverse=True) for row in mask)  # a prefix is kept
-    whole = [[bool(row.all()) for row in mask] for mask in masks if mask.eq(mask[:, :1]).all()]
+        for row in mask.tolist():
+            assert row == sorted(row, reverse=True)  # what is kept comes first
+            lengths.add(sum(row))
+    assert lengths >= set(range(1, T + 1))
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 5, 16, 64, 100])
+def test_of_any_two_rows_some_stripes_keep_the_first_without_the_second(B):
+    masks = list(prepare.stripes(B, 4))
+    assert all(mask.shape == (B, 4) and mask.eq(mask[:, :1]).all() for mask in masks)
     for i in range(B):
         for j in range(B):
-            if i != j:
-                assert any(kept[i] and not kept[j] for kept in whole)
+            assert i == j or any(mask[i, 0] and not mask[j, 0] for mask in masks)
 
 
 # ---------------------------------------------------------------------------

@@ -53,7 +53,9 @@ simpler() { holds "$1 <= $(bar) + $(gap)"; }
 again() { true; }
 #:
 """
-SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # Debian's sh is dash, macOS's is bash
+SHELLS = [
+    name for name in ("sh", "zsh") if shutil.which(name)
+]  # Debian's sh is dash, macOS's is bash
 SHARED = "[0123456789ab, sdpa, Stub GPU, 80 GB]"
 
 # Its load, a number from the environment, raises every val_bpb and takes that share of the steps.
@@ -176,14 +178,18 @@ class Night:
     def run(self, word: str = "", **env: str) -> str:
         """Start the job and poll until it ends; gives what poll showed."""
         shown = self.do(RUN_AND_POLL.replace("run", f"run {word}", 1), **env)
-        assert shown.returncode == 0 and re.search(r"^exit: \d+$", shown.stdout, re.MULTILINE), shown.stdout
+        assert shown.returncode == 0 and re.search(r"^exit: \d+$", shown.stdout, re.MULTILINE), (
+            shown.stdout
+        )
         return shown.stdout
 
     def finish(self, description: str, word: str = "keep") -> subprocess.CompletedProcess:
         command = FINISH.replace("keep", word, 1)
         return self.do(re.sub(r"'.*'", lambda _: shlex.quote(description), command))
 
-    def experiment(self, train: str | None, description: str, word: str = "keep", run: str = "") -> str:
+    def experiment(
+        self, train: str | None, description: str, word: str = "keep", run: str = ""
+    ) -> str:
         """Commit, run and write the row; gives the commit."""
         commit = self.commit(train, description) if train else self.head()
         self.run(run)
@@ -234,7 +240,9 @@ def night(request, tmp_path_factory) -> Night:
     commits["loss"] = night.experiment(
         stub(1.80), 'a "quoted"\ttab, C:\\temp\\new, %s 100%, $HOME\nand a line: größer (0.9, 0.95)'
     )
-    commits["simpler"] = night.experiment(stub(1.70, 1.705), "delete the value gates", run="simpler")
+    commits["simpler"] = night.experiment(
+        stub(1.70, 1.705), "delete the value gates", run="simpler"
+    )
     commits["too simple"] = night.experiment(stub(1.73), "delete the MLP", run="simpler")
     commits["bug"] = night.experiment(stub(kind="bug"), "a slip")
     bring_back = inline("git cherry-pick -n").replace("1a2b3c4", commits["bug"])
@@ -250,7 +258,11 @@ def night(request, tmp_path_factory) -> Night:
     for seed in "12":
         assert night.do("run", STUB_HANGS_AT=seed).returncode == 0
         night.kill_job(f"run seed: {seed}\n")
-        assert night.do("poll").stdout.splitlines()[-1].startswith("the run has died and was not finished")
+        assert (
+            night.do("poll")
+            .stdout.splitlines()[-1]
+            .startswith("the run has died and was not finished")
+        )
     night.git("switch", "-q", "main")
     assert "forty lines for a gain" in night.sh(RESUME).stdout
     night.run()
@@ -310,10 +322,16 @@ def test_branch_holds_exactly_the_kept_commits(night):
 
 def test_every_discarded_commit_stays_reachable_with_its_code_and_so_does_the_table(night):
     night.git("gc", "-q", "--prune=now")
-    discarded = {row[0] for row in night.rows()} - set(night.git("log", "--format=%h", "--abbrev=7").split())
+    discarded = {row[0] for row in night.rows()} - set(
+        night.git("log", "--format=%h", "--abbrev=7").split()
+    )
     refs = night.do(inline("git for-each-ref")).stdout.split()[2::3]
-    assert set(refs) == {f"refs/autoresearch/mar5/{name}" for name in ("start", "table", *discarded)}
-    assert "(1.69, 1.705)" in night.git("show", f"refs/autoresearch/mar5/{night.commits['refuted']}:train.py")
+    assert set(refs) == {
+        f"refs/autoresearch/mar5/{name}" for name in ("start", "table", *discarded)
+    }
+    assert "(1.69, 1.705)" in night.git(
+        "show", f"refs/autoresearch/mar5/{night.commits['refuted']}:train.py"
+    )
     table = (night.folder / "results.tsv").read_text()
     (night.folder / "results.tsv").unlink()
     refuses(night.do("run"), "see Resume")
@@ -335,7 +353,9 @@ def test_bar_is_the_kept_mean_and_gap_the_mean_distance_of_all_pairs(night):
 
 def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
     (night.folder / "notes.md").write_text("")
-    assert len(night.sh(inline("awk ")).stdout.splitlines()) == 14  # six of each seed, and its number
+    assert (
+        len(night.sh(inline("awk ")).stdout.splitlines()) == 14
+    )  # six of each seed, and its number
     assert "raise MATRIX_LR" in night.sh(inline("grep -i rope").replace("rope", "matrix_lr")).stdout
 
 
@@ -353,7 +373,9 @@ def started(tmp_path) -> Night:
 
 
 def refuses(done: subprocess.CompletedProcess, reason: str) -> None:
-    assert done.returncode != 0 and done.stdout.startswith("refused: ") and reason in done.stdout, done.stdout
+    assert done.returncode != 0 and done.stdout.startswith("refused: ") and reason in done.stdout, (
+        done.stdout
+    )
     assert len(done.stdout.splitlines()) == 1, done.stdout
 
 
@@ -466,7 +488,10 @@ def test_finish_names_what_was_committed_while_the_experiment_ran(started):
     commit = started.commit(stub(1.8))
     started.run()
     idea = started.commit(stub(1.6, 1.6), "the next idea")
-    refuses(started.finish("a loss"), f"git reset --keep {commit}, finish, and later git cherry-pick {idea}")
+    refuses(
+        started.finish("a loss"),
+        f"git reset --keep {commit}, finish, and later git cherry-pick {idea}",
+    )
     started.git("reset", "-q", "--keep", commit)
     assert started.finish("a loss").returncode == 0
     assert started.rows()[-1][:2] == [commit, "1.800000"]

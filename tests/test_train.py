@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -49,20 +50,34 @@ def naive_attention(q, k, v, window):
     T, group = q.size(1), q.size(2) // k.size(2)
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
-    visible = torch.tensor([[0 <= i - j <= window for j in range(T)] for i in range(T)], device=q.device)
+    visible = torch.tensor(
+        [[0 <= i - j <= window for j in range(T)] for i in range(T)], device=q.device
+    )
     return torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
 
 SHAPES = [
-    (n_head, n_kv_head, T, w) for n_head, n_kv_head in ((4, 4), (4, 2), (6, 1)) for T, w in ((1, 0), (37, 37))
+    (n_head, n_kv_head, T, w)
+    for n_head, n_kv_head in ((4, 4), (4, 2), (6, 1))
+    for T, w in ((1, 0), (37, 37))
 ]
-SHAPES += [(4, 2, 37, 0), (4, 2, 37, 1), (4, 2, 37, 11), (4, 4, 130, 64), (3, 1, 67, 66), (4, 2, 64, 1000)]
+SHAPES += [
+    (4, 2, 37, 0),
+    (4, 2, 37, 1),
+    (4, 2, 37, 11),
+    (4, 4, 130, 64),
+    (3, 1, 67, 66),
+    (4, 2, 64, 1000),
+]
 SHAPES += [(4, 2, 300, 140)]
 
 
 def random_qkv(n_head, n_kv_head, T, head_dim=16, device="cpu", dtype=torch.float32):
     heads = (n_head, n_kv_head, n_kv_head)
-    return [torch.randn(2, T, n, head_dim, device=device, dtype=dtype, requires_grad=True) for n in heads]
+    return [
+        torch.randn(2, T, n, head_dim, device=device, dtype=dtype, requires_grad=True)
+        for n in heads
+    ]
 
 
 def assert_same_attention(attend, qkv, window, tolerance):
@@ -75,12 +90,16 @@ def assert_same_attention(attend, qkv, window, tolerance):
     y.backward(upstream.to(y.dtype))
     reference.backward(upstream)
     for name, x, r in zip("qkv", qkv, reference_qkv, strict=True):
-        assert report(f"gradient of {name}", x.grad, r.grad) <= tolerance * max(1, r.grad.abs().max().item())
+        assert report(f"gradient of {name}", x.grad, r.grad) <= tolerance * max(
+            1, r.grad.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("attend", ["sdpa_attention", "blocked_attention"])
 @pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
-def test_attention_is_a_masked_softmax_over_window_plus_one_keys(attend, n_head, n_kv_head, T, window):
+def test_attention_is_a_masked_softmax_over_window_plus_one_keys(
+    attend, n_head, n_kv_head, T, window
+):
     assert_same_attention(getattr(train, attend), random_qkv(n_head, n_kv_head, T), window, 1e-5)
 
 
@@ -95,7 +114,9 @@ def test_flex_attention_is_the_same_function_forward(monkeypatch):
     attend = torch.compile(train.flex_backend({11, 37}, 37), dynamic=False, backend=traced)
     with torch.no_grad():
         for window in (11, 37):
-            qkv = [x.detach() for x in random_qkv(4, 2, 37)]  # on a CPU it refuses what wants a gradient
+            qkv = [
+                x.detach() for x in random_qkv(4, 2, 37)
+            ]  # on a CPU it refuses what wants a gradient
             assert report("output", attend(*qkv, window), naive_attention(*qkv, window)) < 1e-5
     assert ["flex_attention" in graph for graph in graphs] == [True, False]
 
@@ -131,7 +152,9 @@ def fetched_kernel(monkeypatch):
 @pytest.mark.parametrize("n_head, n_kv_head, T, window", SHAPES)
 def test_fa3_is_the_same_function(fetched_kernel, n_head, n_kv_head, T, window):
     attend = train.fa3_backend()
-    assert_same_attention(attend, random_qkv(n_head, n_kv_head, T, 64, "cuda", torch.bfloat16), window, 0.02)
+    assert_same_attention(
+        attend, random_qkv(n_head, n_kv_head, T, 64, "cuda", torch.bfloat16), window, 0.02
+    )
 
 
 FAKE_KERNEL = """
@@ -158,7 +181,12 @@ def fake_kernel(tmp_path, monkeypatch):
         variant = tmp_path / "kernel" / "build" / "torch-universal"
         variant.mkdir(parents=True)
         (variant / "__init__.py").write_text(FAKE_KERNEL.format(first=first, less=less))
-        metadata = {"name": "flash-attn3", "id": f"fake_{tmp_path.name}", "version": 1, "license": "MIT"}
+        metadata = {
+            "name": "flash-attn3",
+            "id": f"fake_{tmp_path.name}",
+            "version": 1,
+            "license": "MIT",
+        }
         metadata |= {"python-depends": [], "backend": {"type": "cpu"}}
         (variant / "metadata.json").write_text(json.dumps(metadata))
 
@@ -190,13 +218,17 @@ def test_a_kernel_from_the_hub_is_loaded_by_name_and_version_and_used(fake_kerne
     assert_same_attention(attend, random_qkv(4, 2, 37), 11, 1e-5)
 
 
-def test_training_loads_the_kernel_that_prepare_has_fetched(fake_kernel, hopper, monkeypatch, cache, capsys):
+def test_training_loads_the_kernel_that_prepare_has_fetched(
+    fake_kernel, hopper, monkeypatch, cache, capsys
+):
     fake_kernel()
     folder = os.environ["LOCAL_KERNELS"].partition("=")[2]
     monkeypatch.delenv("LOCAL_KERNELS")
     cache.mkdir()
     monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
-    monkeypatch.setattr("kernels.install_kernel", lambda repo, version: f"{folder}/build/torch-universal")
+    monkeypatch.setattr(
+        "kernels.install_kernel", lambda repo, version: f"{folder}/build/torch-universal"
+    )
     prepare.fetch_attention_kernel()
     assert train.pick_attention({64}, 64, compiled=False)[0] == "fa3", capsys.readouterr().out
     monkeypatch.setenv("LOCAL_KERNELS", "")  # for monkeypatch to undo what training has set
@@ -221,12 +253,18 @@ def test_a_kernel_that_cannot_be_fetched_is_told_in_one_line(hopper, monkeypatch
         ({"first": "q = q * 1.2"}, "results differ"),
     ],
 )
-def test_a_missing_or_wrong_kernel_gives_way_with_one_line(fake_kernel, hopper, capsys, fault, reason):
+def test_a_missing_or_wrong_kernel_gives_way_with_one_line(
+    fake_kernel, hopper, capsys, fault, reason
+):
     if fault is not None:
         fake_kernel(**fault)
     assert train.pick_attention({11, 64}, 64, compiled=False) == ("sdpa", train.sdpa_attention)
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and out.startswith("attention: fa3 cannot be used here") and reason in out
+    assert (
+        out.count("\n") == 1
+        and out.startswith("attention: fa3 cannot be used here")
+        and reason in out
+    )
 
 
 def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
@@ -241,10 +279,14 @@ def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
     assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
 
 
-def test_a_gpu_of_little_shared_memory_takes_flex_attention_with_two_stages(hopper, monkeypatch, capsys):
+def test_a_gpu_of_little_shared_memory_takes_flex_attention_with_two_stages(
+    hopper, monkeypatch, capsys
+):
     def too_small(attend, *args, **options):
         if attend == "default":
-            raise RuntimeError("No valid triton configs. OutOfResources: out of resource: shared memory")
+            raise RuntimeError(
+                "No valid triton configs. OutOfResources: out of resource: shared memory"
+            )
 
     def flex(windows, T, kernel_options=None):
         return kernel_options or "default"
@@ -302,7 +344,9 @@ def test_graphs_with_an_autograd_function_are_kept_between_runs_and_never_out_of
             x = torch.randn(8, requires_grad=True)
             torch.compile(lambda x: Square.apply(x).sum(), fullgraph=True)(x).backward()
             assert torch.allclose(x.grad, slope * x.detach())
-            assert [name for name in ("miss", "hit") if counters[f"autograd_cache_{name}"]] == [seen]
+            assert [name for name in ("miss", "hit") if counters[f"autograd_cache_{name}"]] == [
+                seen
+            ]
 
 
 # ---------------------------------------------------------------------------
@@ -311,7 +355,14 @@ def test_graphs_with_an_autograd_function_are_kept_between_runs_and_never_out_of
 
 def small_config(**changes):
     return GPTConfig(
-        **{"sequence_len": 48, "vocab_size": 96, "n_layer": 4, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+        **{
+            "sequence_len": 48,
+            "vocab_size": 96,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_kv_head": 2,
+            "n_embd": 64,
+        }
         | {"window_pattern": "SSL", "short_window": 7}
         | changes
     )
@@ -349,25 +400,32 @@ def test_a_new_model_is_uniform_and_every_block_the_identity():
     assert model(idx, targets).item() == pytest.approx(math.log(96), abs=0.02)
     x = torch.randn(1, 48, 64)
     cos, sin = model.cos.float(), model.sin.float()
-    taps = torch.ones(3, 64)
-    assert all(torch.equal(block(x, None, taps, cos, sin), x) for block in model.blocks)
+    for block in model.blocks:
+        value_embeds = [torch.randn(1, 48, 32) for _ in block.attn.ve_gates]
+        assert torch.equal(block(x, value_embeds, torch.ones(3, 64), cos, sin), x)
 
 
 def test_queries_and_keys_are_rotated_and_normed(awake):
     seen = []
-    awake.blocks[0].attn.attend = lambda q, k, v, w: seen.append((q, k)) or train.sdpa_attention(q, k, v, w)
+    awake.blocks[0].attn.attend = lambda q, k, v, w: (
+        seen.append((q, k)) or train.sdpa_attention(q, k, v, w)
+    )
     awake(torch.full((1, 48), 5))
     for x in seen[0]:
         assert torch.allclose(x.square().mean(-1), torch.ones(()), atol=1e-3)
     q, k = (x[0, :, 0] for x in seen[0])
-    scores = (q @ k.T)[1:, 1:]  # of equal tokens: they depend on distance alone, and do depend on it
+    scores = (q @ k.T)[
+        1:, 1:
+    ]  # of equal tokens: they depend on distance alone, and do depend on it
     assert report("along diagonals", scores[:-1, :-1], scores[1:, 1:]) < 1e-3
     assert scores[-1].std() > 0.1
 
 
 def test_half_of_a_key_is_the_previous_tokens(awake):
     seen = []
-    awake.blocks[0].attn.attend = lambda q, k, v, w: seen.append(k) or train.sdpa_attention(q, k, v, w)
+    awake.blocks[0].attn.attend = lambda q, k, v, w: (
+        seen.append(k) or train.sdpa_attention(q, k, v, w)
+    )
     idx = torch.randint(96, (1, 48))
     changed = idx.clone()
     changed[0, 10] = (idx[0, 10] + 1) % 96
@@ -382,10 +440,10 @@ def test_the_mlp_is_relu_squared_of_a_causal_convolution_by_channel(awake):
     h = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
     kernel = torch.cat([taps.flip(0), torch.ones(1, 64)]).T.unsqueeze(1)  # (64, 1, 4)
     h = F.conv1d(F.pad(h.mT, (3, 0)), kernel, groups=64).mT
-    expected = x + (h @ block.c_fc.weight.T).clamp_min(0) ** 2 @ block.c_proj.weight.T
-    out = block(x, None, taps, awake.cos[:, :5], awake.sin[:, :5])
+    expected = x + (h @ block.mlp.c_fc.weight.T).clamp_min(0) ** 2 @ block.mlp.c_proj.weight.T
+    out = block(x, [], taps, awake.cos[:, :5], awake.sin[:, :5])
     assert torch.allclose(out, expected, atol=1e-4)
-    alone = block(x[:, :1], None, taps, awake.cos[:, :1], awake.sin[:, :1])  # fewer tokens than taps
+    alone = block(x[:, :1], [], taps, awake.cos[:, :1], awake.sin[:, :1])  # fewer tokens than taps
     assert torch.allclose(alone, expected[:, :1], atol=1e-4)
 
 
@@ -407,7 +465,9 @@ def test_short_windows_bound_what_a_token_sees(monkeypatch):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.blocks[1].attn.window = 7  # both layers short
-    reach = 2 * (7 + 1 + train.CONV_TAPS)  # the window, the shifted half of a key, the convolution
+    reach = 2 * (
+        7 + 1 + model.config.conv_taps
+    )  # the window, the shifted half of a key, the convolution
     idx = torch.randint(96, (1, 48))
     changed = idx.clone()
     changed[0, 10] = (idx[0, 10] + 1) % 96
@@ -425,30 +485,46 @@ def test_value_embeddings_reach_the_values_through_their_gate(awake):
 
 
 def test_a_bigram_has_value_embeddings_of_its_own(monkeypatch):
-    monkeypatch.setattr(train, "BIGRAM_ROWS", 10_007)
     monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
-    model = GPT(small_config())
+    model = GPT(small_config(bigram_rows=10_007))
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.c_proj.weight, std=0.1)
     torch.nn.init.normal_(model.lm_head.weight)
-    table = model.value_embeds["3"].weight
-    assert table.shape == (96 + 10_007, 32)
+    table = model.bigram_embeds["3"].weight
+    assert set(model.bigram_embeds) == {"1", "3"} and table.shape == (10_007, 32)
     idx = torch.randint(96, (1, 48))
-    idx[0, 20:22] = torch.tensor([3, 5])
     before = model(idx)
     before.sum().backward()
     rows = table.grad.any(-1).nonzero().flatten().tolist()
     pairs = set(zip([0, *idx[0, :-1].tolist()], idx[0].tolist(), strict=True))
-    assert len([row for row in rows if row >= 96]) == len(pairs)  # no collision in so large a table
+    assert len(rows) == len(pairs)  # no collision in so large a table
+    of_20_and_21 = train.hash_bigrams(idx, 10_007)[0, 21]
     with torch.no_grad():
-        table[96 + (3 * 36313 ^ 5 * 27191) % 10_007] += 1
+        table[of_20_and_21] += 1
     differs = (model(idx) != before).any(-1)[0].nonzero().flatten().tolist()
     assert differs == list(range(21, 48))
 
 
+@pytest.mark.parametrize("changes", [{}, {"bigram_rows": 64}, {"conv_taps": 0}, {"conv_taps": 1}])
+def test_a_model_is_rebuilt_from_its_saved_configuration(monkeypatch, changes):
+    model = GPT(small_config(**changes, softcap=3.0, rope_base=500))
+    saved = {"config": asdict(model.config), "model": model.state_dict()}
+    for name in ("BIGRAM_ROWS", "CONV_TAPS", "GATE_CHANNELS", "SOFTCAP", "ROPE_BASE", "N_EMBD"):
+        monkeypatch.delattr(train, name)  # whatever the constants are by then
+    again = GPT(GPTConfig(**saved["config"]))
+    again.load_state_dict(saved["model"])
+    idx = torch.randint(96, (1, 48))
+    assert torch.equal(again(idx), model(idx))
+
+
+def test_without_a_convolution_there_is_no_parameter_for_it():
+    names = [name for name, _ in GPT(small_config(conv_taps=0)).named_parameters()]
+    assert not [name for name in names if "conv" in name]
+
+
 def test_flops_count_products_and_what_attention_sees():
     model = GPT(small_config(n_layer=1))
-    matrices = 64 * 64 * 2 + 64 * 32 * 2 + 2 * 64 * 256 + 2 * train.GATE_CHANNELS + 64 * 96
+    matrices = 64 * 64 * 2 + 64 * 32 * 2 + 2 * 64 * 256 + 2 * model.config.gate_channels + 64 * 96
     assert model.flops_per_token() == 6 * matrices + 12 * 64 * 48
 
 
@@ -487,7 +563,9 @@ def test_orthogonalize_brings_singular_values_near_one(monkeypatch, shape, dtype
     values = torch.linalg.svdvals(result)
     print(f"singular values {values.min():.3f} to {values.max():.3f}")
     assert values.min() > 0.7 and values.max() < 1.3
-    alignment = (result * (u @ vt)).sum((-2, -1)) / (result.norm(dim=(-2, -1)) * (u @ vt).norm(dim=(-2, -1)))
+    alignment = (result * (u @ vt)).sum((-2, -1)) / (
+        result.norm(dim=(-2, -1)) * (u @ vt).norm(dim=(-2, -1))
+    )
     assert alignment.min() > 0.98
 
 
@@ -516,7 +594,9 @@ def test_a_muon_step_is_orthogonal_with_even_neurons_and_keeps_its_size(monkeypa
 def test_muon_keeps_its_momentum(monkeypatch):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
     p = torch.nn.Parameter(torch.zeros(16, 32))
-    optimizer = MuonAdamW([{"kind": "muon", "params": [p], "lr": 1.0, "weight_decay": 0.0}], compiled=False)
+    optimizer = MuonAdamW(
+        [{"kind": "muon", "params": [p], "lr": 1.0, "weight_decay": 0.0}], compiled=False
+    )
     p.grad = torch.randn_like(p)
     optimizer.step()
     first = p.detach().clone()
@@ -532,7 +612,9 @@ def test_weight_decay_is_cautious():
     for decay in (0.0, 0.5):
         p = torch.nn.Parameter(weight.clone())
         p.grad = torch.tensor([[1.0, 1.0], [-1.0, 2.0]])
-        MuonAdamW([{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": decay}], compiled=False).step()
+        MuonAdamW(
+            [{"kind": "muon", "params": [p], "lr": 0.1, "weight_decay": decay}], compiled=False
+        ).step()
         decayed.append(p.detach())
     plain, cautious = decayed
     step = weight - plain
@@ -542,23 +624,44 @@ def test_weight_decay_is_cautious():
 
 @COMPILES
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-def test_the_compiled_optimizer_is_the_eager_one_and_new_rates_do_not_recompile(monkeypatch, device):
+def test_the_compiled_optimizer_is_the_eager_one_and_new_rates_do_not_recompile(
+    monkeypatch, device
+):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
     models = [GPT(small_config()).to(device) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
-    compiled, eager = (MuonAdamW(m.param_groups(), c) for m, c in zip(models, (True, False), strict=True))
+    compiled, eager = (
+        MuonAdamW(m.param_groups(), c) for m, c in zip(models, (True, False), strict=True)
+    )
     for step in range(5):
         for p, q in zip(*(model.parameters() for model in models), strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         for optimizer in (compiled, eager):
             for group in optimizer.param_groups:
-                group.update(lr=0.1 / (step + 1), weight_decay=0.1 * step, betas=(0.8 + 0.02 * step, 0.95))
+                group.update(
+                    lr=0.1 / (step + 1), weight_decay=0.1 * step, betas=(0.8 + 0.02 * step, 0.95)
+                )
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
             compiled.step()
         eager.step()
-    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
-        assert report(name, p, q) < 1e-4
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        # Cautious decay asks for a sign, and a number that is zero but for rounding may have either.
+        assert ((p - q).abs() > 1e-4).sum() <= 2
+
+
+def test_the_learning_rate_rises_stays_and_falls(monkeypatch):
+    monkeypatch.setattr(train, "WARMUP_RATIO", 0.1)
+    monkeypatch.setattr(train, "WARMDOWN_RATIO", 0.5)
+    monkeypatch.setattr(train, "FINAL_LR_FRAC", 0.2)
+    factors = [train.lr_factor(progress) for progress in (0, 0.05, 0.1, 0.3, 0.5, 0.75, 1)]
+    assert factors == pytest.approx([0, 0.5, 1, 1, 1, 0.6, 0.2])
+
+
+def test_without_warmup_and_warmdown_the_learning_rate_is_constant(monkeypatch):
+    monkeypatch.setattr(train, "WARMUP_RATIO", 0)
+    monkeypatch.setattr(train, "WARMDOWN_RATIO", 0)
+    assert [train.lr_factor(progress) for progress in (0, 0.5, 1)] == [1, 1, 1]
 
 
 def test_the_schedule_ends_where_it_should():
@@ -574,9 +677,59 @@ def test_the_schedule_ends_where_it_should():
 
 
 def test_every_parameter_has_one_group():
-    model = GPT(small_config())
+    model = GPT(small_config(bigram_rows=64))
     grouped = [id(p) for group in model.param_groups() for p in group["params"]]
     assert sorted(grouped) == sorted(map(id, model.parameters()))
+
+
+def test_a_parameter_that_nobody_would_train_is_named():
+    model = GPT(small_config())
+    model.forgotten = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(AssertionError, match="forgotten is in 0 groups"):
+        model.param_groups()
+
+
+def test_a_vector_in_a_block_goes_to_adamw_and_a_matrix_to_muon():
+    model = GPT(small_config())
+    model.blocks[0].attn.scale = torch.nn.Parameter(torch.ones(4))
+    model.blocks[0].mlp.c_gate = train.Linear(64, 256)
+    groups = model.param_groups()
+    kinds = {id(p): group.get("kind", "adamw") for group in groups for p in group["params"]}
+    assert kinds[id(model.blocks[0].attn.scale)] == "adamw"
+    assert kinds[id(model.blocks[0].mlp.c_gate.weight)] == "muon"
+    optimizer = MuonAdamW(groups, compiled=False)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert (model.blocks[0].attn.scale != 1).all()
+
+
+class SwiGLU(torch.nn.Module):
+    """The replacement for the MLP that agents try first."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_gate = train.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_fc = train.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = train.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+
+
+def test_a_gated_mlp_is_born_alive(monkeypatch):
+    monkeypatch.setattr(train, "MLP", SwiGLU)
+    model = GPT(small_config())
+    optimizer = MuonAdamW(model.param_groups(), compiled=False)
+    idx, targets = torch.randint(96, (2, 3, 48))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "mlp" in name}
+    for _ in range(3):
+        model(idx, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(before) == 12
+    for name, parameter in model.named_parameters():
+        assert name not in before or not torch.equal(parameter, before[name]), name
 
 
 # ---------------------------------------------------------------------------
@@ -600,11 +753,16 @@ def stage(tiny, monkeypatch):
 
 def test_a_rehearsal_leaves_no_trace(stage):
     model, optimizer, tokenizer = stage
-    before = {name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    before = {
+        name: tensor.clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
     assert train.fit_batch(model, optimizer, tokenizer) == 8
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         assert torch.equal(tensor, before[name])
-    assert not optimizer.state and all(p.grad is None for p in model.parameters()) and model.training
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    for group in optimizer.param_groups:
+        moments = [m for value in group["moments"].values() for m in value]
+        assert group["step"] == 0 and not any(m.any() for m in moments)
     torch.manual_seed(train.SEED)
     expected = torch.rand(3)
     train.rehearse(model, optimizer, tokenizer, 8)
@@ -625,12 +783,18 @@ def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
         # cuBLAS on a full card, and FlashAttention-3, to which torch's stable interface gives no message
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
-        RuntimeError("torch_call_dispatcher(op, overload, stack) API call failed at ops.h, line 123"),
+        RuntimeError(
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"
+        ),
+        RuntimeError(
+            "torch_call_dispatcher(op, overload, stack) API call failed at ops.h, line 123"
+        ),
         None,
     ],
 )
-def test_memory_that_runs_out_halves_the_device_batch_and_says_so(stage, monkeypatch, capsys, error):
+def test_memory_that_runs_out_halves_the_device_batch_and_says_so(
+    stage, monkeypatch, capsys, error
+):
     model, optimizer, tokenizer = stage
     forward = model.forward
 
@@ -766,7 +930,9 @@ def test_a_run_ends_with_the_summary(script, tmp_path):
     assert 2 <= training <= 2 + 2 * training / n_steps + 1
     assert float(values["total_tokens_M"]) == pytest.approx(n_steps * 2**12 / 1e6, abs=0.06)
     assert 1 < float(values["val_bpb"]) < 4
-    assert float(values["total_seconds"]) > sum(float(values[k]) for k in ("startup_seconds", "eval_seconds"))
+    assert float(values["total_seconds"]) > sum(
+        float(values[k]) for k in ("startup_seconds", "eval_seconds")
+    )
     assert (values["seed"], values["attention"], values["source"]) == ("7", "blocked", "corpus")
     assert values["mfu_percent"] == "n/a" and float(values["peak_vram_mb"]) > 100
     assert re.fullmatch("[0-9a-f]{12}", values["harness"])
@@ -782,7 +948,9 @@ def test_the_whole_program_on_a_gpu(tmp_path):
         shutil.copy(USERS_KERNEL, tmp_path)
     env = {**ENV, **GPU, "AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_BUDGET": "20"}
     for command in (["prepare.py", "--source", CORPUS, "--scale", "full"], ["train.py"]):
-        result = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stdout + result.stderr
     values = summary(result.stdout)
     assert 1 < float(values["val_bpb"]) < 4
@@ -829,7 +997,9 @@ def test_a_loss_that_is_no_number_fails_with_the_reason(script):
 
 
 def test_drawing_batches_long_after_the_budget_is_refused(script):
-    script.edit(r"^    training_seconds = .*$", "    clock.start -= 10; next(batches); training_seconds = 1")
+    script.edit(
+        r"^    training_seconds = .*$", "    clock.start -= 10; next(batches); training_seconds = 1"
+    )
     code, out, err = script.run(**EAGER)
     assert code == 1 and "into a budget of 1 s" in err and "val_bpb" not in out
 
@@ -881,5 +1051,9 @@ def test_importing_train_runs_nothing_and_fits_the_full_scale_too(tmp_path):
         print(torch._functorch.config.autograd_cache_allow_custom_autograd_functions)
     """
     env = {**ENV, "AUTORESEARCH_CACHE": str(tmp_path)}
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.stdout == f"1 2048 8192 2 {[256] * 4 + [2048] + [256] * 3 + [2048]}\nTrue\n", result.stderr
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert result.stdout == f"1 2048 8192 2 {[256] * 4 + [2048] + [256] * 3 + [2048]}\nTrue\n", (
+        result.stderr
+    )
