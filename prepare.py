@@ -32,7 +32,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -62,7 +61,7 @@ def reason(error: Exception) -> str:
     """
     text = str(error).strip() or type(error).__name__
     quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
-    lines = quoted[-1:] or text.splitlines()
+    lines = quoted[-1:] or [line for line in text.splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), lines[0])
 
 
@@ -70,8 +69,7 @@ def reason(error: Exception) -> str:
 # Scales, device, budget, dataset
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     seq_len: int  # tokens a model sees at once
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
@@ -113,12 +111,12 @@ def pick_device() -> str:
 
 
 def from_environment(name: str, default: float, kind: type, low: float, high: float) -> float:
-    """A number from an environment variable. Ends the process if it is none or out of bounds."""
+    """A number from an environment variable. Ends the process if the value is not one in bounds."""
     text = os.environ.get(name) or str(default)
     try:
         value = kind(text)
     except ValueError:
-        value = math.nan
+        value = math.nan  # which is out of bounds, too
     if not low <= value <= high:
         stop(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
     return value
@@ -137,7 +135,8 @@ def find_dataset() -> tuple[Path, dict] | None:
 DEVICE = pick_device()
 TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 300)  # seconds of training
 DATASET = find_dataset()
-SCALE = DATASET[1]["scale"] if DATASET else "full" if DEVICE == "cuda" else "small"
+DEFAULT_SCALE = "full" if DEVICE == "cuda" else "small"
+SCALE = DATASET[1]["scale"] if DATASET else DEFAULT_SCALE
 MAX_SEQ_LEN = SCALES[SCALE].seq_len
 
 
@@ -180,28 +179,13 @@ def downloads(repo: str) -> Path:
     return CACHE / "downloads" / repo.replace("/", "--")
 
 
-def fetch(repo: str, name: str) -> Path:
-    """Download a file of a hub dataset unless it is here. Ends the process if it cannot be had."""
-    path = downloads(repo) / name
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(name + ".part")
-    for pause in (*RETRY_PAUSES, None):
-        try:
-            download(hub_url(f"datasets/{repo}/resolve/main/{name}"), part)
-            os.replace(part, path)
-            return path
-        except (requests.RequestException, ValueError) as error:
-            why = str(error)
-            if isinstance(error, requests.RequestException):
-                why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
-            if pause is None or isinstance(error, Refused):
-                stop(
-                    f"cannot download {name} of {repo}: {why}; `uv run prepare.py` again resumes, "
-                    "and `uv run prepare.py --source python` needs no network"
-                )
-            time.sleep(pause)
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def download(url: str, part: Path) -> None:
@@ -227,10 +211,9 @@ def download(url: str, part: Path) -> None:
         if status != 206:
             have = 0  # the server ignored the range: start over
         # The hub announces size and sha256 before it redirects to its storage.
-        hops = [hop.headers for hop in (*response.history, response)]
-        hub = next((headers for headers in hops if "X-Linked-Etag" in headers), {})
-        rest = response.headers.get("Content-Length")
-        size = int(hub.get("X-Linked-Size") or (have + int(rest) if rest else 0))
+        hops = (*response.history, response)
+        hub = next((hop.headers for hop in hops if "X-Linked-Etag" in hop.headers), {})
+        size = int(hub.get("X-Linked-Size", 0))
         sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
         bar = tqdm(total=size or None, initial=have, desc=part.stem, disable=None, **BYTES)
         with part.open("r+b" if have else "wb") as file, bar:
@@ -243,25 +226,41 @@ def download(url: str, part: Path) -> None:
     if got < size:
         raise ValueError(f"{got:,} bytes arrived of {size:,}")
     try:
-        if size and got > size or len(sha256) == 64 and file_hash(part) != sha256:
-            raise ValueError("the file is not the one that the hub announced (size or sha256)")
+        if len(sha256) == 64 and file_hash(part) != sha256:
+            raise ValueError("its sha256 is not the one that the hub announced")
         pq.ParquetFile(part)
     except (pa.ArrowException, OSError, ValueError) as error:
         part.unlink()
         raise ValueError(f"what arrived is no good: {reason(error)}") from None
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def fetch(repo: str, name: str) -> Path:
+    """Download a file of a hub dataset unless it is here. Ends the process if it cannot be had."""
+    path = downloads(repo) / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(name + ".part")
+    for pause in (0, *RETRY_PAUSES):
+        time.sleep(pause)
+        try:
+            download(hub_url(f"datasets/{repo}/resolve/main/{name}"), part)
+            os.replace(part, path)
+            return path
+        except requests.RequestException as error:
+            why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
+        except ValueError as error:
+            why = str(error)
+            if isinstance(error, Refused):
+                break
+    stop(
+        f"cannot download {name} of {repo}: {why}; `uv run prepare.py` again resumes, "
+        "and `uv run prepare.py --source python` needs no network"
+    )
 
 
 def default_source(scale: str) -> str:
-    """The hub's source for a scale, or `python` where neither the cache nor the hub has it."""
+    """The source for a scale; `python` if it is not downloaded and the hub cannot be reached."""
     source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
     if not any(downloads(repo).glob("*.parquet")):
         try:
@@ -277,9 +276,7 @@ def default_source(scale: str) -> str:
 
 SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines
-CUT_TEXT = re.compile(
-    r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL
-)  # 2,000 characters or more
+CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)  # 2,000 characters up
 VAL_FRACTION = 0.05  # of the documents validates: those with the lowest hash of their text
 
 
@@ -287,28 +284,6 @@ class Source(NamedTuple):
     name: str
     files: list[Path]  # in reading order
     val_files: list[Path] | None  # if None, a part of `files` validates
-
-
-def find_source(source: str, num_shards: int) -> Source:
-    """The files of a source, downloaded if need be. Ends the process if there are none."""
-    if source == "climbmix":
-        shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
-        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # when one fails, the others complete
-            *train, val = pool.map(climbmix_shard, shards)
-        return Source(source, train, [val])
-    if source == "tinystories":
-        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None)
-    if source == "python":
-        return Source(source, python_files(), None)
-    path = Path(source).expanduser()
-    if not path.exists():
-        stop(f"no source or path `{source}`; name climbmix, tinystories, python, or your own text")
-    found = path.rglob("*") if path.is_dir() else [path]
-    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
-    if not files:
-        stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
-    name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
-    return Source(name or "text", files, None)
 
 
 def climbmix_shard(shard: int) -> Path:
@@ -326,17 +301,34 @@ def python_files() -> list[Path]:
     return sorted(path for path in found if path.is_file())
 
 
-def documents(files: Iterable[Path]) -> Iterator[str]:
-    """Every document of the files that is not blank, in order. Ends the process at a bad file."""
-    for path in files:
-        for text in READERS[path.suffix](path):
-            if text and not text.isspace():
-                yield text
+def find_source(source: str, num_shards: int) -> Source:
+    """The files of a source, downloaded if need be. Ends the process if there are none."""
+    if source == "climbmix":
+        shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
+        with ThreadPoolExecutor(
+            DOWNLOAD_THREADS
+        ) as pool:  # those under way complete when one fails
+            *train, val = pool.map(climbmix_shard, shards)
+        return Source(source, train, [val])
+    if source == "tinystories":
+        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None)
+    if source == "python":
+        return Source(source, python_files(), None)
+    path = Path(source).expanduser()
+    if not path.exists():
+        stop(f"no source or path `{source}`; name climbmix, tinystories, python, or your own text")
+    found = path.rglob("*") if path.is_dir() else [path]
+    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    if not files:
+        stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
+    name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
+    return Source(name or "text", files, None)
 
 
 def read_parquet(path: Path) -> Iterator[str]:
     try:
         for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["text"]):
+            # as bytes, because a column of strings may hold invalid UTF-8
             for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
                 yield raw.decode("utf-8", "replace")
     except (pa.ArrowException, KeyError, OSError) as error:
@@ -368,7 +360,15 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, "
 READERS[".py"] = lambda path: [path.read_text("utf-8", errors="replace")]  # source `python` only
 
 
-def split_by_hash(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def documents(files: Iterable[Path]) -> Iterator[str]:
+    """Every document of the files that is not blank, in order. Ends the process at a bad file."""
+    for path in files:
+        for text in READERS[path.suffix](path):
+            if text and not text.isspace():
+                yield text
+
+
+def split_by_hash(files: list[Path]) -> tuple[np.ndarray, list[int]]:
     """Which documents train and which validate. Only the first copy of a text does either.
 
     Returns a boolean mask over documents(files), and the indices of the validation documents, by
@@ -380,7 +380,7 @@ def split_by_hash(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     n_val = max(1, round(VAL_FRACTION * len(first)))
     train = np.zeros(len(hashes), bool)
     train[first[n_val:]] = True
-    return train, first[:n_val]
+    return train, first[:n_val].tolist()
 
 
 # ---------------------------------------------------------------------------
@@ -400,7 +400,7 @@ class Tokenizer:
     """Byte-level BPE with one special token, BOS. Text that spells BOS is ordinary text."""
 
     def __init__(self, bpe: BPE):
-        bpe.encode_special_tokens = True  # a reload forgets it
+        bpe.encode_special_tokens = True  # text that spells BOS is ordinary; a reload forgets it
         self.bpe = bpe
         self.bos = bpe.token_to_id(BOS)
 
@@ -452,7 +452,7 @@ class Tokenizer:
 
 
 def head_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
-    """The texts up to the one with which their UTF-8 bytes reach the limit."""
+    """The first texts, as many as it takes to reach `limit` bytes of UTF-8."""
     for text in texts:
         yield text
         limit -= len(text.encode())
@@ -474,7 +474,7 @@ def tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]
 WAITING = 2048  # pieces to choose from
 
 
-def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.ndarray]:
+def pack(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.ndarray]:
     """Best-fit packing of tokenised documents into full rows (row_len,) of uint16.
 
     A document is cut into pieces of at most a row, with BOS before each. The longest waiting piece
@@ -482,31 +482,26 @@ def pack(texts: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.nda
     its rest goes on waiting with a BOS of its own. So only the last, unfilled row is lost.
     """
     head = np.array([bos], np.uint16)
-    lengths, waiting = [], []  # of the waiting pieces, sorted by length
-
-    def wait(piece: np.ndarray) -> None:
-        i = bisect.bisect(lengths, len(piece))
-        lengths.insert(i, len(piece))
-        waiting.insert(i, piece)
+    waiting = []  # pieces, sorted by length
 
     def cut() -> Iterator[np.ndarray]:
-        for ids in texts:
+        for ids in documents:
             for i in range(0, len(ids), row_len - 1):
                 yield np.concatenate([head, ids[i : i + row_len - 1]])
 
     pieces = cut()
     while True:
         for piece in itertools.islice(pieces, WAITING - len(waiting)):
-            wait(piece)
+            bisect.insort(waiting, piece, key=len)
         row, room = [], row_len
         while room:
             if not waiting:
                 return
-            i = bisect.bisect(lengths, room) - 1  # -1, the longest of all, if none fits
-            del lengths[i]
+            i = bisect.bisect(waiting, room, key=len) - 1  # -1, the longest of all, if none fits
             piece = waiting.pop(i)
             if len(piece) > room:
-                wait(np.concatenate([head, piece[room:]]))
+                rest = np.concatenate([head, piece[room:]])
+                bisect.insort(waiting, rest, key=len)
             row.append(piece[:room])
             room -= len(row[-1])
         yield np.concatenate(row)
@@ -520,38 +515,14 @@ def write_rows(
     rows = itertools.islice(rows, max_rows)
     with path.open("wb") as file:
         for row in tqdm(rows, desc=path.stem, unit=" rows", unit_scale=True, disable=None):
-            row.tofile(file)
-    return path.stat().st_size // (2 * (seq_len + 1))
+            file.write(row)
+    return path.stat().st_size // (2 * (seq_len + 1))  # uint16
 
 
 # ---------------------------------------------------------------------------
 # Datasets on disk
 
 MIN_ROWS = {"train": 64, "val": 8}
-
-
-def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> Path:
-    """Make a dataset unless it is there, and select it for training. Returns its folder.
-
-    A second process waits for the first. The next call mends what a killed process left.
-    """
-    CACHE.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(CACHE / "lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print("waiting for another prepare.py")
-        held = lock.acquire()
-    with held:
-        source = find_source(source_name or default_source(scale_name), num_shards)
-        key = dataset_key(source, scale_name)
-        folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
-        if not folder.exists():
-            build(folder, source, scale_name, key)
-        pointer = CACHE / "current.part"
-        pointer.write_text(folder.name + "\n")
-        os.replace(pointer, CACHE / "current")
-    return folder
 
 
 def dataset_key(source: Source, scale_name: str) -> str:
@@ -567,15 +538,17 @@ def dataset_key(source: Source, scale_name: str) -> str:
 def split_source(source: Source) -> tuple[Iterator[str], Iterator[str], Iterator[str]]:
     """Documents to train on, to validate on, and to train the tokenizer on."""
     if source.val_files:
+        # From shard 0 on, so that --num-shards does not change the tokenizer.
         shards = (climbmix_shard(number) for number in itertools.count())
         return documents(source.files), documents(source.val_files), documents(shards)
     mask, val_index = split_by_hash(source.files)
     if not mask.any():
         stop(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
-    held_out = set(val_index.tolist())
+    held_out = set(val_index)
     val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
-    train, tokenizer_texts = (itertools.compress(documents(source.files), mask) for _ in "12")
-    return train, (val[i] for i in val_index.tolist()), tokenizer_texts
+    train = itertools.compress(documents(source.files), mask)
+    tokenizer_texts = itertools.compress(documents(source.files), mask)
+    return train, (val[i] for i in val_index), tokenizer_texts
 
 
 def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
@@ -606,6 +579,30 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     os.rename(aside, folder)
 
 
+def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> Path:
+    """Make a dataset unless it is there, and select it for training. Returns its folder.
+
+    A second process waits for the first. The next call mends what a killed process left.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(CACHE / "lock")
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print("waiting for another prepare.py")
+        held = lock.acquire()
+    with held:
+        source = find_source(source_name or default_source(scale_name), num_shards)
+        key = dataset_key(source, scale_name)
+        folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
+        if not folder.exists():
+            build(folder, source, scale_name, key)
+        pointer = CACHE / "current.part"
+        pointer.write_text(folder.name + "\n")
+        os.replace(pointer, CACHE / "current")
+    return folder
+
+
 def load_rows(split: str) -> np.memmap:
     """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16, mapped from disk."""
     folder, meta = dataset()
@@ -631,8 +628,14 @@ def read_ahead(path: Path) -> None:
 # ---------------------------------------------------------------------------
 # Clock and loader
 
-STARTUP_SECONDS = 600  # that one attempt to compile and to check the model may take
-HANG_SECONDS = 300  # beyond the budget, after which a run is taken to hang
+STARTUP_SECONDS = 600  # for one attempt to compile and to take the first steps
+HANG_SECONDS = 300  # beyond the budget, and for each batch of a check or an evaluation
+
+
+def watch(seconds: float) -> None:
+    """End the process in so many seconds and show where it hangs. A later call starts anew."""
+    if not hasattr(sys, "ps1"):  # a person at a prompt or in a notebook may take longer
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
 class Clock:
@@ -669,29 +672,48 @@ def row_order(n_rows: int) -> Iterator[tuple[int, int]]:
             yield epoch + 1, row
 
 
-def watch(seconds: float) -> None:
-    """End the process after so many seconds, and show where it hangs, unless called again."""
-    if not hasattr(sys, "ps1"):  # a person at a prompt or in a notebook may take longer
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
-
-
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """End the process if this is not the tokenizer that made the rows."""
     if tokenizer.bpe.to_str() != Tokenizer.from_directory().bpe.to_str():
         stop("this tokenizer is not the one that made the rows; use Tokenizer.from_directory()")
 
 
+def copy_to_device(rows: np.ndarray) -> torch.Tensor:
+    """The rows as int64 on the training device. On CUDA the copy goes on in the background."""
+    batch = torch.from_numpy(rows.astype(np.int64))
+    if DEVICE == "cuda":  # PyTorch does not reuse pinned memory before the copy is done
+        return batch.pin_memory().to(DEVICE, non_blocking=True)
+    return batch.to(DEVICE)
+
+
+def batches(rows: np.ndarray, B: int, T: int) -> Iterator:
+    order = row_order(len(rows))
+    copied = [torch.cuda.Event(), torch.cuda.Event()] if DEVICE == "cuda" else None
+    for turn in itertools.count():
+        clock.draw()
+        drawn = list(itertools.islice(order, B * T // MAX_SEQ_LEN))
+        numbers = [number for _, number in drawn]
+        epoch = drawn[-1][0]
+        if copied:
+            copied[turn % 2].synchronize()  # the host is at most two batches ahead of the GPU
+        batch = copy_to_device(rows[numbers])  # (rows, MAX_SEQ_LEN + 1)
+        if copied:
+            copied[turn % 2].record()
+        inputs, targets = batch[:, :-1].clone(), batch[:, 1:].clone()
+        yield inputs.view(B, T), targets.view(B, T), epoch
+
+
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") -> Iterator:
     """Endless batches of training rows: (inputs, targets, epoch).
 
-    Inputs and targets are int64 (B, T) on the training device, targets one token ahead, and the
-    epoch counts from 1. If T divides MAX_SEQ_LEN, each row gives several pieces. The first batch
-    starts the clock. A second loader goes on where the first one is.
+    Inputs and targets are int64 (B, T) on the training device, targets one token ahead. A T below
+    MAX_SEQ_LEN cuts each row into pieces. The epoch is that of the last row, counted from 1. The
+    first batch starts the clock. A second loader goes on where the first one is.
     """
     if split != "train":
         stop("the loader gives training rows only; evaluate_bpb reads the validation rows itself")
     if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
-        stop(f"there is no batch of {B} x {T}: T must divide {MAX_SEQ_LEN}, and that B x T")
+        stop(f"{B} x {T} are no whole rows: T must divide {MAX_SEQ_LEN}, which must divide B x T")
     check_tokenizer(tokenizer)
     rows = load_rows("train")
     read_ahead(rows.filename)
@@ -699,35 +721,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
     return batches(rows, B, T)
 
 
-def batches(rows: np.ndarray, B: int, T: int) -> Iterator:
-    order = row_order(len(rows))
-    copied = [torch.cuda.Event() for _ in range(2)] if DEVICE == "cuda" else None
-    for turn in itertools.count():
-        clock.draw()
-        epochs, numbers = zip(*itertools.islice(order, B * T // MAX_SEQ_LEN), strict=True)
-        if copied:
-            copied[turn % 2].synchronize()  # at most two batches ahead of the GPU
-        batch = copy_to_device(rows[list(numbers)])  # (rows, MAX_SEQ_LEN + 1)
-        inputs = batch[:, :-1].contiguous().view(B, T)
-        targets = batch[:, 1:].contiguous().view(B, T)
-        if copied:
-            copied[turn % 2].record()
-        yield inputs, targets, epochs[-1]
-
-
-def copy_to_device(rows: np.ndarray) -> torch.Tensor:
-    """The rows as int64 on the training device. On CUDA this does not wait for the copy.
-
-    PyTorch keeps pinned memory until the copies out of it are done.
-    """
-    batch = torch.from_numpy(rows.astype(np.int64))
-    if DEVICE == "cuda":
-        batch = batch.pin_memory()
-    return batch.to(DEVICE, non_blocking=True)
-
-
 # ---------------------------------------------------------------------------
-# Metric: bits per byte
+# Scoring
 
 SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
 
@@ -735,14 +730,14 @@ SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
 def val_batch(number: int, batch_size: int, bos: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets of a batch of validation rows, (batch_size, MAX_SEQ_LEN) each.
 
-    Copies of the last row fill up the last batch. Their targets are BOS, which does not count.
+    Copies of the last row fill the last batch, so that a compiled model sees one shape. Their
+    targets are BOS, which does not count.
     """
-    rows = load_rows("val")[number * batch_size :][:batch_size].astype(np.int64)
-    missing = batch_size - len(rows)
-    rows = np.pad(rows, ((0, missing), (0, 0)), mode="edge")
-    batch = torch.from_numpy(rows).to(DEVICE)
+    rows = load_rows("val")[number * batch_size : (number + 1) * batch_size].astype(np.int64)
+    filled = np.pad(rows, ((0, batch_size - len(rows)), (0, 0)), mode="edge")
+    batch = torch.from_numpy(filled).to(DEVICE)
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].clone()
-    targets[batch_size - missing :] = bos
+    targets[len(rows) :] = bos
     return inputs, targets
 
 
@@ -762,78 +757,41 @@ def in_slices(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[tor
     return zip(*(tensor.split(n_rows) for tensor in (logits, *others)), strict=True)
 
 
-def score(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, tokenizer: Tokenizer
-) -> float:
-    """Nats of a batch: its cross-entropy in float32, summed over all targets but BOS.
+def score(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
+    """Nats of a validation batch: its cross-entropy, summed over all targets but BOS.
 
     Ends the process if a logit is not finite.
     """
+    inputs, targets = val_batch(number, batch_size, tokenizer.bos)
     logits = get_logits(model, inputs, tokenizer.get_vocab_size())
-    nats, finite = torch.zeros((), device=logits.device), True
+    nats = 0.0
     for z, y in in_slices(logits, targets):
         z = z.float().flatten(0, 1)
         low, high = z.aminmax()
-        finite &= low.isfinite() & high.isfinite()
-        nats += F.cross_entropy(z, y.flatten(), ignore_index=tokenizer.bos, reduction="sum")
-    if not finite:
-        stop("the model gives logits that are not finite")
-    return nats.item()
-
-
-@torch.no_grad()
-def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
-    """Bits per byte of the validation rows.
-
-    The loss of a token is a number of nats. Another tokenizer cuts a text into other tokens, but
-    the bytes of the text remain the same. So we divide the nats of all target tokens by the bytes
-    of text that these tokens stand for, and by ln 2 for bits. BOS counts in neither sum.
-
-    model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
-    batch size. Ends the process for a model that inspect_model refuses.
-    """
-    check_tokenizer(tokenizer)
-    training = model.training
-    model.eval()
-    rows = load_rows("val")
-    nats = []
-    for number in range(math.ceil(len(rows) / batch_size)):
-        inputs, targets = val_batch(number, batch_size, tokenizer.bos)
-        nats.append(score(model, inputs, targets, tokenizer))
-    inspect_model(model, tokenizer, batch_size, nats)
-    model.train(training)
-    total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
-    return sum(nats) / (math.log(2) * total_bytes)
-
-
-def harness_digest(tokenizer: Tokenizer) -> str:
-    """12 hex digits over all that gives val_bpb its meaning. Only equal digests compare."""
-    parts = [CODE_HASH.encode(), str(TIME_BUDGET).encode(), tokenizer.bpe.to_str().encode()]
-    parts += [load_rows("val").tobytes(), dataset()[1]["key"].encode()]
-    digests = [hashlib.sha256(part).digest() for part in parts]
-    return hashlib.sha256(b"".join(digests)).hexdigest()[:12]
+        if not (low.isfinite() and high.isfinite()):
+            stop("the model gives logits that are not finite")
+        loss = F.cross_entropy(z, y.flatten(), ignore_index=tokenizer.bos, reduction="sum")
+        nats += loss.item()
+    return nats
 
 
 # ---------------------------------------------------------------------------
 # Inspection: what a model must not do
 #
-# A logit may depend on the tokens up to its own and on nothing else. So we change something that it
+# A logit may depend on the tokens up to its own position, and on nothing else. So we change what it
 # must not depend on, and compare. Two calls on the same input should agree in every bit. Where the
-# hardware makes them differ, four times that difference is the tolerance of all other comparisons.
+# hardware makes them differ, the tolerance of all other comparisons is four times that difference.
 
-LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a later batch voids the run
-NOISE = 0.02  # standard deviation of what the early check adds to all parameters
-WARM_UPS = 4  # calls on the same input before the comparisons: they fill a memory of the last few
-MAX_WOBBLE = (
-    1 / 64
-)  # largest difference on the same input, as a share of the largest logit, or of 64
+NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
+WARM_UPS = 4  # calls before the comparisons: they fill a memory of the last few calls
+MAX_WOBBLE = 1 / 64  # the most that the same input may differ by, as a share of the largest logit
 
 
 def replacement_tokens(inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
     """Tokens (B, T) that differ from the inputs everywhere.
 
-    Most are random. One in sixteen is BOS, and one in sixteen repeats the token before it, because
-    a model may look ahead for those alone.
+    Most are random. One in sixteen is BOS and one in sixteen repeats the input before it, to catch
+    a model that looks at the next token only in those cases.
     """
     vocab_size, device = tokenizer.get_vocab_size(), inputs.device
     generator = torch.Generator(device).manual_seed(0)
@@ -857,8 +815,7 @@ def prefixes(B: int, T: int) -> Iterator[torch.Tensor]:
 def stripes(B: int, T: int) -> Iterator[torch.Tensor]:
     """Masks (B, T) that keep every other row, every other two rows, every other four, and so on.
 
-    After each mask comes its opposite. So of any two rows, some mask keeps the first and drops the
-    second.
+    Each mask is followed by its opposite. So for any two rows, some mask keeps only the first.
     """
     row, width = torch.arange(B)[:, None], 1
     while width < B:
@@ -873,9 +830,6 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
 
     `nats` are the scores of all validation batches, if there are any.
     """
-    if clock.last_draw > LATEST_DRAW:
-        late = f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s"
-        stop(f"{late}; stop in time")
     inputs, _ = val_batch(0, batch_size, tokenizer.bos)
     others = replacement_tokens(inputs, tokenizer)
     vocab_size = tokenizer.get_vocab_size()
@@ -889,8 +843,8 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
         logits = get_logits(model, tokens, vocab_size)
         gaps = []
         for z, z_base, keep in in_slices(logits, base, kept):
-            gap = (z.float() - z_base.float()).norm(math.inf, dim=-1)  # (rows, T)
-            gaps.append((gap * keep).amax())
+            gap = (z.float() - z_base.float()).norm(math.inf, dim=-1)  # (rows, T), largest by token
+            gaps.append((gap * keep).amax())  # NaN and infinity stay visible where keep is 0
         largest = torch.stack(gaps).max().item()
         if not math.isfinite(largest):
             stop("the model gives logits that are not finite")
@@ -899,7 +853,7 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
     # The same input twice
     wobble = difference(inputs, everywhere)
     largest_logit = max(base.amax().item(), -base.amin().item())
-    if wobble > MAX_WOBBLE * min(64, largest_logit):
+    if wobble > min(1, MAX_WOBBLE * largest_logit):  # one far logit must not license randomness
         stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
     tolerance = 4 * wobble
 
@@ -911,11 +865,11 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
             if gap > tolerance:
                 stop(f"the logits depend on {what} (by {gap:.2g})")
 
-    # The first input again, and the first and the last score again. If no logit moves by more than
-    # the tolerance, no token's nats move by more than twice that.
+    # The first input once more, then the first and the last batch scored again. When logits move by
+    # the tolerance at most, the nats of a token move by twice that at most.
     forgets = difference(inputs, everywhere) <= tolerance
-    for number in {0, len(nats) - 1} if nats else ():
-        again = score(model, *val_batch(number, batch_size, tokenizer.bos), tokenizer)
+    for number in sorted({0, len(nats) - 1}) if nats else ():
+        again = score(model, number, batch_size, tokenizer)
         forgets &= abs(again - nats[number]) <= 2 * tolerance * inputs.numel()
     if not forgets:
         stop("the model carries state from one batch to the next")
@@ -925,8 +879,8 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
 def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
     """Inspect a model before the clock starts, so that a faulty one costs seconds and not minutes.
 
-    This adds noise to all parameters, which the caller restores: a matrix that is still zero would
-    hide what lies behind it.
+    This adds noise to all trainable parameters, which the caller restores: a matrix that is still
+    zero would hide what lies behind it.
     """
     check_tokenizer(tokenizer)
     for parameter in model.parameters():
@@ -939,12 +893,52 @@ def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None
 
 
 # ---------------------------------------------------------------------------
+# Metric: bits per byte
+
+LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a later batch voids the run
+
+
+@torch.no_grad()
+def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
+    """Bits per byte of the validation rows.
+
+    The loss of a token is a number of nats. Another tokenizer cuts a text into other tokens, but
+    the bytes of the text remain the same. So we divide the nats of all target tokens by the bytes
+    of text that these tokens stand for, and by ln 2 for bits. BOS counts in neither sum.
+
+    model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
+    batch size. Ends the process for a run that drew batches after LATEST_DRAW, for logits that are
+    not finite, and for a model that inspect_model refuses.
+    """
+    if clock.last_draw > LATEST_DRAW:
+        late = f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s"
+        stop(f"{late}; stop in time")
+    check_tokenizer(tokenizer)
+    training = model.training
+    model.eval()
+    rows = load_rows("val")
+    n_batches = math.ceil(len(rows) / batch_size)
+    nats = [score(model, number, batch_size, tokenizer) for number in range(n_batches)]
+    inspect_model(model, tokenizer, batch_size, nats)
+    model.train(training)
+    total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
+    return sum(nats) / (math.log(2) * total_bytes)
+
+
+def harness_digest(tokenizer: Tokenizer) -> str:
+    """12 hex digits over all that gives val_bpb its meaning. Two values compare if these agree."""
+    parts = [CODE_HASH, TIME_BUDGET, tokenizer.bpe.to_str(), dataset()[1]["key"]]
+    text = json.dumps(parts).encode()
+    return hashlib.sha256(text + load_rows("val").tobytes()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------
 # Command line
 
 
 def fetch_attention_kernel() -> None:
     """Put FlashAttention-3 into the hub's cache and note where, for training without a network."""
-    if torch.cuda.get_device_capability()[0] not in (8, 9):
+    if torch.cuda.get_device_capability()[0] not in (8, 9):  # Ampere, Ada, Hopper
         return
     from kernels import install_kernel
 
@@ -958,13 +952,9 @@ def fetch_attention_kernel() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the dataset to train on.")
-    parser.add_argument(
-        "--source", help="climbmix, tinystories, python, or a path to your own text"
-    )
-    parser.add_argument("--scale", choices=SCALES, default="full" if DEVICE == "cuda" else "small")
-    parser.add_argument(
-        "--num-shards", type=int, default=NUM_SHARDS, help="of climbmix, for training"
-    )
+    parser.add_argument("--source", help="climbmix, tinystories, python, or a path to your text")
+    parser.add_argument("--scale", choices=SCALES, default=DEFAULT_SCALE)
+    parser.add_argument("--num-shards", type=int, default=NUM_SHARDS, help="shards of climbmix")
     args = parser.parse_args()
     if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
         parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")

@@ -7,8 +7,8 @@ A small GPT and its optimizer, trained for five minutes on one device. OPEN: imp
 The model is a GPT with
 - rotary embeddings, QK-norm, grouped-query attention and sliding windows
 - keys of which one half comes from the previous token
-- value embeddings on every other layer, for tokens and for hashed bigrams, each through a gate
-- a causal convolution in front of each MLP, and ReLU^2 in it
+- value embeddings with gates on every other layer: of tokens and, at full scale, hashed bigrams
+- ReLU^2 in the MLP and, at small scale, a causal convolution before it
 - learned weights for the residual stream and for the embedding, which every layer gets back
 - a soft cap on the logits, an output matrix of its own, no biases, no learned norms
 
@@ -33,7 +33,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
-# Torch reads these variables when it is imported. A value that is set already stays.
+# The libraries read these variables when they are imported. A value that is set already stays.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare.py has fetched all there is to fetch
@@ -47,16 +47,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import prepare
-from prepare import (
-    DEVICE,
-    MAX_SEQ_LEN,
-    SCALE,
-    Tokenizer,
-    clock,
-    evaluate_bpb,
-    make_dataloader,
-    stop,
-)
+from prepare import DEVICE, MAX_SEQ_LEN, SCALE, Tokenizer, clock, evaluate_bpb, make_dataloader
 
 # ---------------------------------------------------------------------------
 # Hyperparameters
@@ -71,7 +62,7 @@ def by_scale(*, full, small):
 DEPTH = by_scale(full=9, small=3)  # on a CPU a fourth layer costs more tokens than it is worth
 N_EMBD = by_scale(full=512, small=256)
 HEAD_DIM = 128
-N_KV_HEAD = N_EMBD // HEAD_DIM  # fewer than the N_EMBD / HEAD_DIM query heads: they share
+N_KV_HEAD = N_EMBD // HEAD_DIM  # as many as query heads; with fewer, query heads share them
 WINDOW_PATTERN = by_scale(full="SSSSL", small="L")  # repeated over the layers: S short, L long
 SHORT_WINDOW = by_scale(full=256, small=64)  # earlier tokens that an S layer sees; L sees all
 ROPE_BASE = by_scale(full=200_000, small=10_000)  # more for longer sequences
@@ -88,18 +79,21 @@ X0_INIT = by_scale(full=0.05, small=0.1)  # share of the embedding that every la
 TOTAL_BATCH_SIZE = by_scale(full=2**18, small=2**13)  # tokens in one optimizer step
 DEVICE_BATCH_SIZE = by_scale(full=64, small=16)  # rows in one pass; halved if memory runs out
 
-# optimizer; rates of embeddings and head are for 768 channels and grow as (N_EMBD / 768) ** -0.5
+# optimizer; the rates of embeddings and head are multiplied by (N_EMBD / 768) ** -0.5
 EMBEDDING_LR = by_scale(full=0.9, small=0.6)
 UNEMBEDDING_LR = by_scale(full=0.005, small=0.004)
 MATRIX_LR = 0.04
-SCALAR_LR = 0.5
+X0_LR = 0.5
+RESID_LR = 0.005
 CONV_LR = 0.02
 ADAM_BETAS = (0.8, 0.95)
+X0_BETAS = (0.96, 0.95)
 WEIGHT_DECAY = 0.2  # of Muon's matrices; falls to zero over the run
 VE_WEIGHT_DECAY = by_scale(full=0.003, small=0.0)  # of value embeddings and bigram tables
 MOMENTUM = 0.95  # of Muon
 MOMENTUM_START = 0.85  # of Muon at the first step
 MOMENTUM_STEPS = 200  # steps from MOMENTUM_START to MOMENTUM
+VARIANCE_BETA = 0.95  # of the running variance by which Muon's updates are scaled
 
 # learning-rate schedule, in shares of the time budget
 WARMUP_RATIO = 0.0
@@ -112,6 +106,7 @@ SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for the weights and the con
 LOG_EVERY = 0.02  # share of the budget between two log lines
 CHECK_EVERY = 10  # steps between two looks at the loss
 
+# machine
 CPU = torch.cpu.get_capabilities()
 CPU_NAME = CPU.get("cpu_name") or os.uname().machine
 if DEVICE == "cuda":
@@ -152,9 +147,11 @@ class GPTConfig:
         pattern = (self.window_pattern * self.n_layer)[: self.n_layer - 1] + "L"
         return [self.short_window if letter == "S" else self.sequence_len for letter in pattern]
 
-    def value_layers(self) -> list[int]:
-        """The layers with value embeddings: every other one, the last one included."""
-        return [i for i in range(self.n_layer) if (self.n_layer - 1 - i) % 2 == 0]
+    def value_tables(self, layer: int) -> int:
+        """How many value embeddings a layer has: none, one (tokens) or two (tokens and bigrams)."""
+        if (self.n_layer - 1 - layer) % 2 == 0:  # every other layer, the last one included
+            return 2 if self.bigram_rows else 1
+        return 0
 
 
 class Linear(nn.Linear):
@@ -188,16 +185,14 @@ def causal_conv(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
 def hash_bigrams(idx: torch.Tensor, n_rows: int) -> torch.Tensor:
     """The table row (B, T) of each pair that a token of idx (B, T) forms with the one before."""
     # Two arbitrary large odd factors scatter the pairs over the rows, as in modded-nanogpt.
-    return (shift(idx) * 36313 ^ idx * 27191) % n_rows
+    return ((shift(idx) * 36313) ^ (idx * 27191)) % n_rows
 
 
-def rotary_tables(
-    sequence_len: int, head_dim: int, base: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), each (1, sequence_len, 1, head_dim / 2)."""
+def rotary_tables(T: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE (arXiv 2104.09864), each (1, T, 1, head_dim / 2)."""
     half = head_dim // 2
     frequency = base ** -(torch.arange(half) / half)
-    angle = torch.outer(torch.arange(sequence_len), frequency)[None, :, None, :]
+    angle = torch.outer(torch.arange(T), frequency)[None, :, None, :]
     return angle.cos().to(COMPUTE_DTYPE), angle.sin().to(COMPUTE_DTYPE)
 
 
@@ -239,12 +234,9 @@ class CausalSelfAttention(nn.Module):
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_proj = Linear(self.n_head * self.head_dim, config.n_embd)
-        n_gates = 0
-        if layer in config.value_layers():
-            n_gates = 2 if config.bigram_rows else 1  # for tokens, and for bigrams
-        self.ve_gates = nn.ModuleList(
-            [Linear(self.gate_channels, self.n_kv_head) for _ in range(n_gates)]
-        )
+        n_gates = config.value_tables(layer)
+        gates = [Linear(self.gate_channels, self.n_kv_head) for _ in range(n_gates)]
+        self.ve_gates = nn.ModuleList(gates)
 
     def forward(self, x, value_embeds, cos, sin):
         B, T, _ = x.size()
@@ -303,24 +295,22 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList([Block(config, i, attend) for i in range(config.n_layer)])
         self.lm_head = Linear(config.n_embd, config.vocab_size)
 
-        # Tables of values, by layer: one row for each token, and one for each hashed bigram.
+        # Value embeddings by layer: a row for each token, and a row for each hashed bigram.
         head_dim = config.n_embd // config.n_head
         kv_dim = config.n_kv_head * head_dim
-        layers = [str(i) for i in config.value_layers()]
-        self.value_embeds = nn.ModuleDict(
-            {i: nn.Embedding(config.vocab_size, kv_dim) for i in layers}
-        )
-        self.bigram_embeds = nn.ModuleDict()
-        if config.bigram_rows:
-            self.bigram_embeds.update({i: nn.Embedding(config.bigram_rows, kv_dim) for i in layers})
+        self.value_embeds, self.bigram_embeds = nn.ModuleDict(), nn.ModuleDict()
+        for i in range(config.n_layer):
+            if config.value_tables(i) >= 1:
+                self.value_embeds[str(i)] = nn.Embedding(config.vocab_size, kv_dim)
+            if config.value_tables(i) == 2:
+                self.bigram_embeds[str(i)] = nn.Embedding(config.bigram_rows, kv_dim)
 
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), X0_INIT))
         self.conv_taps = None
         if config.conv_taps:
-            self.conv_taps = nn.Parameter(
-                torch.zeros(config.n_layer, config.conv_taps, config.n_embd)
-            )
+            shape = (config.n_layer, config.conv_taps, config.n_embd)
+            self.conv_taps = nn.Parameter(torch.zeros(shape))
         cos, sin = rotary_tables(config.sequence_len, head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -385,16 +375,17 @@ class GPT(nn.Module):
             {"params": [self.lm_head.weight], "lr": UNEMBEDDING_LR * lr_scale},
             {"params": [self.wte.weight], "lr": EMBEDDING_LR * lr_scale},
             {"params": tables, "lr": EMBEDDING_LR * lr_scale, "weight_decay": VE_WEIGHT_DECAY},
-            {"params": [self.resid_lambdas, *vectors], "lr": SCALAR_LR * 0.01},
-            {"params": [self.x0_lambdas], "lr": SCALAR_LR, "betas": (0.96, 0.95)},
+            {"params": [self.resid_lambdas, *vectors], "lr": RESID_LR},
+            {"params": [self.x0_lambdas], "lr": X0_LR, "betas": X0_BETAS},
             {"params": taps, "lr": CONV_LR},
         ]
         for shape in sorted({p.shape for p in matrices}):
             same = [p for p in matrices if p.shape == shape]
-            groups.append({"kind": "muon", "params": same, "lr": MATRIX_LR})
-        grouped = [p for group in groups for p in group["params"]]
+            betas = (MOMENTUM_START, VARIANCE_BETA)
+            groups.append({"kind": "muon", "params": same, "lr": MATRIX_LR, "betas": betas})
+        grouped = [id(p) for group in groups for p in group["params"]]
         for name, parameter in self.named_parameters():
-            count = sum(p is parameter for p in grouped)
+            count = grouped.count(id(parameter))
             assert count == 1, f"{name} is in {count} groups; param_groups() must put it into one"
         return groups
 
@@ -444,24 +435,24 @@ class MuonAdamW(torch.optim.Optimizer):
         self.update = self.update_groups
         if compiled:
             self.update = torch.compile(self.update_groups, dynamic=False, fullgraph=True)
-
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]
         self.reset()
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Begin anew, with all moments at zero."""
         for group in self.param_groups:
+            params = group["params"]
             group["step"] = 0
             if group["kind"] == "adamw":
-                first, second = ([torch.zeros_like(p) for p in group["params"]] for _ in range(2))
-                group["moments"] = {"exp_avg": first, "exp_avg_sq": second}
+                exp_avg = [torch.zeros_like(p) for p in params]
+                exp_avg_sq = [torch.zeros_like(p) for p in params]
+                group["moments"] = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
             else:
-                momentum = torch.zeros_like(torch.stack(group["params"]))  # (K, m, n)
-                dim = -1 if momentum.size(-2) >= momentum.size(-1) else -2
-                group["moments"] = {
-                    "momentum": momentum,
-                    "variance": momentum.mean(dim, keepdim=True),
-                }
+                K, (m, n) = len(params), params[0].shape
+                momentum = params[0].new_zeros(K, m, n)
+                variance = params[0].new_zeros((K, m, 1) if m >= n else (K, 1, n))
+                group["moments"] = {"momentum": momentum, "variance": variance}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -499,30 +490,30 @@ class MuonAdamW(torch.optim.Optimizer):
     @staticmethod
     def step_muon(params, grads, moments, step_size, decay, momentum, beta2) -> None:
         """Muon (arXiv 2502.16982) for K matrices (m, n), with NorMuon and cautious weight decay."""
+        m, n = params[0].shape
         # Nesterov momentum, then the nearest orthogonal matrix
         grad = torch.stack(grads)  # (K, m, n)
         moments["momentum"].mul_(momentum).add_(grad * (1 - momentum))
         update = grad * (1 - momentum) + moments["momentum"] * momentum
         update = orthogonalize(update).float()
 
-        # NorMuon (arXiv 2510.05491): divide each neuron's update by its running root mean square,
-        # then give each matrix its norm back. The variance is replaced and not changed in place,
-        # because torch 2.11's C++ backend would read a changed one again where m or n is 2 or 3.
-        neurons = -1 if moments["variance"].size(-1) == 1 else -2
-        mean_square = update.square().mean(neurons, keepdim=True)
+        # NorMuon (arXiv 2510.05491): divide each row, or each column of a wide matrix, by its
+        # running root mean square, then give each matrix its norm back. The variance is not changed
+        # in place: torch 2.11's C++ backend would read a changed one again if m or n is 2 or 3.
+        dim = -1 if m >= n else -2
+        mean_square = update.square().mean(dim, keepdim=True)
         moments["variance"] = moments["variance"].lerp(mean_square, 1 - beta2)
-        scale = moments["variance"].clamp_min(1e-10).rsqrt()
-        before = mean_square.sum((-2, -1), keepdim=True)
-        after = (mean_square * scale.square()).sum((-2, -1), keepdim=True)
-        update = update * scale * (before / after.clamp_min(1e-10)).sqrt()
+        inverse = moments["variance"].clamp_min(1e-10).rsqrt()
+        before = mean_square.sum((-2, -1), keepdim=True)  # squared norms, but for a factor
+        after = (mean_square * inverse.square()).sum((-2, -1), keepdim=True)
+        update = update * inverse * (before / after.clamp_min(1e-10)).sqrt()
 
         # Cautious decay (arXiv 2510.12402): weights decay only where the update shrinks them too.
-        m, n = params[0].shape
-        tall = max(1, m / n) ** 0.5  # taller matrices take larger steps
+        scale = max(1, m / n) ** 0.5  # tall matrices take larger steps
         steps = []
         for p, u in zip(params, update.unbind(), strict=True):
             shrinks = u * p >= 0
-            steps.append(tall * (step_size * u + decay * p * shrinks))
+            steps.append(scale * (step_size * u + decay * p * shrinks))
         torch._foreach_sub_(params, steps)  # few launches on a GPU
 
 
@@ -542,10 +533,10 @@ def lr_factor(progress: float) -> float:
 def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
     """Set the learning rates, and Muon's momentum and weight decay. Returns the rates' factor."""
     factor = lr_factor(progress)
-    ramp = min(1, step / MOMENTUM_STEPS)
+    ramp = min(1, step / max(1, MOMENTUM_STEPS))
     momentum = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * ramp
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        group["lr"] = group["initial_lr"] * factor
         if group["kind"] == "muon":
             group["betas"] = (momentum, group["betas"][1])
             group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
@@ -556,18 +547,22 @@ def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
 # Attention backends: the same function as sdpa_attention, but faster where they work
 
 
+QUERY_BLOCK = 128  # queries in one block
+
+
 def blocked_attention(q, k, v, window: int) -> torch.Tensor:
     """Blocks of queries against the keys that they see. The fastest on a CPU, once compiled."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, n_head, T, head_dim)
-    T, group = q.size(2), q.size(1) // k.size(1)
+    T, scale = q.size(2), q.size(3) ** -0.5
+    group = q.size(1) // k.size(1)  # query heads that share a key head
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     outputs = []
-    for start in range(0, T, 128):
-        end = min(start + 128, T)
+    for start in range(0, T, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, T)
         first = max(0, start - window)
         distance = torch.arange(start, end)[:, None] - torch.arange(first, end)
         hidden = (distance < 0) | (distance > window)
-        scores = q[:, :, start:end] @ k[:, :, first:end].mT * q.size(-1) ** -0.5
+        scores = (q[:, :, start:end] @ k[:, :, first:end].mT) * scale
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
         outputs.append(weights @ v[:, :, first:end])
     return torch.cat(outputs, dim=2).transpose(1, 2)
@@ -585,6 +580,7 @@ def flex_backend(windows: set[int], T: int, kernel_options: dict | None = None) 
     masks = {window: block_mask(window) for window in windows if window < T - 1}
 
     def attend(q, k, v, window):
+        # The masks are for T tokens, and FlexAttention is for compiled code.
         if window not in masks or q.size(1) != T or not torch.compiler.is_compiling():
             return sdpa_attention(q, k, v, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -619,13 +615,14 @@ def probe_attention(attend: Callable, windows: set[int], T: int, compiled: bool)
     if compiled:
         attend = torch.compile(attend, dynamic=False)
     like = {"device": DEVICE, "dtype": COMPUTE_DTYPE, "requires_grad": True}
+    heads = (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)
     for window in windows:
-        heads = (N_EMBD // HEAD_DIM, N_KV_HEAD, N_KV_HEAD)
         qkv = [torch.randn(1, T, n, HEAD_DIM, **like) for n in heads]
         results = []
         for function in (attend, sdpa_attention):
             y = function(*qkv, window)
-            results.append([y, *torch.autograd.grad(y.square().sum(), qkv)])
+            gradients = torch.autograd.grad(y.square().sum(), qkv)
+            results.append([y, *gradients])
         for ours, reference in zip(*results, strict=True):
             error = (ours - reference).float().norm()
             if not error < 0.02 * reference.float().norm():  # NaN fails too
@@ -639,7 +636,8 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
     backends = {}
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] in (8, 9):
         backends["fa3"] = fa3_backend
-    if DEVICE == "cuda" and compiled and min(windows) < T - 1:
+    has_short_windows = min(windows) < T - 1
+    if DEVICE == "cuda" and compiled and has_short_windows:
         backends["flex"] = lambda: flex_backend(windows, T)
         # the default needs more shared memory than an RTX 3090 or 4090 has
         backends["flex with two stages"] = lambda: flex_backend(windows, T, {"num_stages": 2})
@@ -650,23 +648,19 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
             breaks.clear()
             probe_attention(attend, windows, T, compiled)
             for why in breaks:
-                print(
-                    f"attention: {name} breaks the compiled graph ({prepare.reason(why)})",
-                    flush=True,
-                )
+                why = why.splitlines()[0]
+                print(f"attention: {name} breaks the compiled graph ({why})")
             return name, attend
         except Exception as error:  # a missing kernel, a wrong build, a failed launch, and more
-            print(f"attention: {name} cannot be used here ({prepare.reason(error)})", flush=True)
+            print(f"attention: {name} cannot be used here ({prepare.reason(error)})")
     return "sdpa", sdpa_attention
 
 
 # ---------------------------------------------------------------------------
 # Rehearsal: compile, find a batch that fits, and check the model, all before the clock starts
 
-# The allocators say the first two, cuBLAS the next two, and FlashAttention-3 the last.
-OUT_OF_MEMORY = (
-    "out of memory|can't allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|API call failed"
-)
+# The allocators say the first two of these, cuBLAS the next two, and FlashAttention-3 the last.
+OUT_OF_MEMORY = "out of memory|can't allocate memory|ALLOC_FAILED|NOT_INITIALIZED|API call failed"
 
 
 def can_compile() -> bool:
@@ -678,12 +672,10 @@ def can_compile() -> bool:
         return True
     except Exception as error:  # no C++ compiler, no Triton, no Python headers, and more
         why = prepare.reason(error)
-        print(f"torch.compile cannot be used ({why}); running eagerly", flush=True)
+        print(f"torch.compile cannot be used ({why}); running eagerly")
         if DEVICE == "cuda":
-            print(
-                "WARNING: its val_bpb will not compare with a compiled run's. Install a C compiler"
-            )
-            print("and Python's header files (gcc and python3-dev), and start again.", flush=True)
+            print("WARNING: its val_bpb does not compare with a compiled run's.")
+            print("Install gcc and python3-dev (Python's header files), and start again.")
         return False
 
 
@@ -691,7 +683,7 @@ def grad_accum_steps(B: int) -> int:
     """How many batches of B rows make one optimizer step."""
     steps, rest = divmod(TOTAL_BATCH_SIZE, B * MAX_SEQ_LEN)
     if rest or not steps:
-        stop(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is no multiple of {B} rows of {MAX_SEQ_LEN}")
+        prepare.stop(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is no multiple of {B} x {MAX_SEQ_LEN}")
     return steps
 
 
@@ -725,6 +717,7 @@ def rehearse(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer, B: in
             torch._foreach_copy_(tensors, saved)
         optimizer.zero_grad(set_to_none=True)
         optimizer.reset()
+        model.train()
         torch.manual_seed(SEED)
 
 
@@ -740,10 +733,10 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
                 raise
         # Outside of the handler nothing holds the failed attempt's tensors any more.
         B //= 2
-        torch._dynamo.reset()
+        torch._dynamo.reset()  # its guards hold tensors as well
         gc.collect()
         torch.cuda.empty_cache()
-        print(f"out of memory: device batch halved to {B} rows", flush=True)
+        print(f"out of memory: device batch halved to {B} rows")
 
 
 # ---------------------------------------------------------------------------
@@ -771,9 +764,7 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def train_loop(
-    model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum: int
-) -> tuple[int, int]:
+def train_loop(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum: int) -> tuple:
     """Train until the budget is spent. Returns the number of steps and the epoch reached."""
     gc.collect()
     gc.freeze()
@@ -787,7 +778,7 @@ def train_loop(
         log = clock.progress() >= next_log
         look = log or step % CHECK_EVERY == 0
         if look and not loss.item() < largest_loss:  # NaN fails too
-            print(f"FAIL: the loss is {loss:.2f} at step {step}", flush=True)
+            print(f"FAIL: the loss is {loss:.2f} at step {step}")
             sys.exit(1)
         if log:
             next_log += LOG_EVERY
@@ -795,8 +786,7 @@ def train_loop(
             mfu = mfu_percent(tokens * model.flops_per_token(), seconds)
             print(
                 f"step {step:05d} | {100 * clock.progress():5.1f}% | loss {loss:.4f} "
-                f"| lr x{factor:.2f} | {tokens / seconds:,.0f} tok/s | mfu {mfu} | epoch {epoch}",
-                flush=True,
+                f"| lr x{factor:.2f} | {tokens / seconds:,.0f} tok/s | mfu {mfu} | epoch {epoch}"
             )
         if DEVICE != "cpu" and clock.progress() > 0.98:
             torch.accelerator.synchronize()  # so that no step is under way when the time is up
@@ -816,8 +806,10 @@ def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
 
 def main() -> None:
     """Train, evaluate, print the summary, and save the model if that was asked for."""
-    if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(os.path.dirname(os.path.abspath(SAVE)))):
-        stop(f"AUTORESEARCH_SAVE={SAVE} is no file in a folder that exists; name another one")
+    sys.stdout.reconfigure(line_buffering=True)  # a file of the output shows every line at once
+    folder = os.path.dirname(os.path.abspath(SAVE or "."))
+    if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(folder)):
+        prepare.stop(f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder; name another one")
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its results do not repeat bitwise
@@ -836,14 +828,16 @@ def main() -> None:
         raw_model = GPT(config, attend)
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
-    print(f"starting on {device_name}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}", flush=True)
+    print(f"starting on {device_name}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}")
     B = fit_batch(model, optimizer, tokenizer)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # without the batches that did not fit
 
     batches = make_dataloader(tokenizer, B, MAX_SEQ_LEN)
     startup_seconds = time.time() - STARTED
     steps, epoch = train_loop(model, optimizer, batches, grad_accum_steps(B))
     training_seconds = clock.elapsed()
-    print("evaluating", flush=True)
+    print("evaluating")
     val_bpb = evaluate_bpb(model, tokenizer, B)
     eval_seconds = clock.elapsed() - training_seconds
     try:
@@ -852,15 +846,14 @@ def main() -> None:
         print(f"sample: none ({prepare.reason(error)})")
 
     tokens = steps * TOTAL_BATCH_SIZE
+    mfu = mfu_percent(tokens * raw_model.flops_per_token(), training_seconds)
     n_params = sum(p.numel() for p in raw_model.parameters())
     print("---")
     print(f"val_bpb:          {val_bpb:.6f}")
     print(f"training_seconds: {training_seconds:.1f}")
     print(f"total_seconds:    {time.time() - STARTED:.1f}")
     print(f"peak_vram_mb:     {peak_memory_mb():.1f}")
-    print(
-        f"mfu_percent:      {mfu_percent(tokens * raw_model.flops_per_token(), training_seconds)}"
-    )
+    print(f"mfu_percent:      {mfu}")
     print(f"total_tokens_M:   {tokens / 1e6:.1f}")
     print(f"num_steps:        {steps}")
     print(f"num_params_M:     {n_params / 1e6:.1f}")
@@ -872,14 +865,14 @@ def main() -> None:
     print(f"attention:        {attention}")
     print(f"source:           {prepare.dataset()[1]['source']}")
     print(f"epochs:           {epoch}")
-    print(f"harness:          {prepare.harness_digest(tokenizer)}", flush=True)
+    print(f"harness:          {prepare.harness_digest(tokenizer)}")
     if SAVE:
         try:
             saved = {"config": asdict(config), "model": raw_model.state_dict()}
             torch.save(saved, SAVE + ".part")
             os.replace(SAVE + ".part", SAVE)
         except (OSError, RuntimeError) as error:
-            stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.reason(error)})")
+            prepare.stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.reason(error)})")
 
 
 if __name__ == "__main__":
