@@ -155,7 +155,10 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """A linear map without bias. Its float32 weight is cast to the dtype of the activations."""
+    """A linear map without bias, which casts its float32 weight to the dtype of the activations.
+
+    A parameter of your own needs the same cast, unless it is 0-D.
+    """
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -170,7 +173,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 def shift(x: torch.Tensor, steps: int = 1) -> torch.Tensor:
     """Move x (B, T, ...) `steps` tokens to the right: each place holds an earlier token."""
-    padding = (0, 0) * (x.dim() - 2) + (steps, 0)  # zeros before the first token
+    padding = (0, 0) * (x.dim() - 2) + (steps, 0)  # from the last dimension on: only T is padded
     return F.pad(x, padding)[:, : x.size(1)]
 
 
@@ -205,8 +208,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
     """Causal attention of q (B, T, n_head, head_dim) over k and v (B, T, n_kv_head, head_dim).
 
-    Each token sees itself and `window` tokens before it. Returns (B, T, n_head, head_dim). This is
-    PyTorch's own kernel; the section on attention backends has others for the same function.
+    Each token sees itself and `window` tokens before it. Scores are scaled by head_dim ** -0.5.
+    Returns (B, T, n_head, head_dim). This is PyTorch's kernel; others are under attention backends.
     """
     T, mask = q.size(1), None
     if window < T - 1:
@@ -281,7 +284,7 @@ class Block(nn.Module):
         x = x + self.attn(norm(x), value_embeds, cos, sin)
         h = norm(x)
         if taps is not None:
-            h = causal_conv(h, taps)  # Primer's convolution
+            h = causal_conv(h, taps)  # as in Primer, but before the MLP
         return x + self.mlp(h)
 
 
@@ -323,6 +326,7 @@ class GPT(nn.Module):
         wte                            normal, standard deviation 1
         lm_head                        normal, standard deviation 0.001
         c_q, c_k, c_v, mlp.c_fc        uniform, standard deviation INIT_SCALE / sqrt(n_embd)
+        any other Linear               PyTorch's default, standard deviation 0.58 / sqrt(n_embd)
         attn.c_proj, mlp.c_proj        zero
         ve_gates                       zero, which makes every gate 1
         value_embeds, bigram_embeds    zero
@@ -368,20 +372,26 @@ class GPT(nn.Module):
         """Matrices of the blocks go to Muon, by shape, and everything else to AdamW."""
         lr_scale = (self.config.n_embd / 768) ** -0.5
         tables = [*self.value_embeds.parameters(), *self.bigram_embeds.parameters()]
-        matrices = [p for p in self.blocks.parameters() if p.dim() == 2]
-        vectors = [p for p in self.blocks.parameters() if p.dim() != 2]  # none, until you add some
+
+        def is_matrix(p: torch.Tensor) -> bool:
+            return p.dim() == 2 and min(p.shape) > 1
+
+        matrices = [p for p in self.blocks.parameters() if is_matrix(p)]
+        others = [
+            p for p in self.blocks.parameters() if not is_matrix(p)
+        ]  # none, until you add one
         taps = [self.conv_taps] if self.conv_taps is not None else []
         groups = [
             {"params": [self.lm_head.weight], "lr": UNEMBEDDING_LR * lr_scale},
             {"params": [self.wte.weight], "lr": EMBEDDING_LR * lr_scale},
             {"params": tables, "lr": EMBEDDING_LR * lr_scale, "weight_decay": VE_WEIGHT_DECAY},
-            {"params": [self.resid_lambdas, *vectors], "lr": RESID_LR},
+            {"params": [self.resid_lambdas, *others], "lr": RESID_LR},
             {"params": [self.x0_lambdas], "lr": X0_LR, "betas": X0_BETAS},
             {"params": taps, "lr": CONV_LR},
         ]
         for shape in sorted({p.shape for p in matrices}):
             same = [p for p in matrices if p.shape == shape]
-            betas = (MOMENTUM_START, VARIANCE_BETA)
+            betas = (MOMENTUM_START, VARIANCE_BETA)  # schedule() sets momentum and weight decay
             groups.append({"kind": "muon", "params": same, "lr": MATRIX_LR, "betas": betas})
         grouped = [id(p) for group in groups for p in group["params"]]
         for name, parameter in self.named_parameters():
