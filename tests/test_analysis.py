@@ -1,8 +1,12 @@
-"""analysis.ipynb, run headless in one kernel: every state of results.tsv, and a long night."""
+"""
+Claims about analysis.ipynb: what it shows for every state of results.tsv, and for a long night.
 
-import itertools
+The notebook runs as it is, in one kernel for all tests. Standard errors and sigmas are worked out
+by hand. Two draws of a normal distribution lie 2 sigma / sqrt(pi) apart on average, so sigma is the
+mean gap times 0.886227. A gain between two means of two runs has a standard error of sigma.
+"""
+
 import json
-import math
 import re
 import statistics
 from pathlib import Path
@@ -17,6 +21,8 @@ from nbclient import NotebookClient
 NOTHING = "No run is in any results.tsv here yet"
 HARNESS = "ca1b35d089ee"
 MACHINE = f" [{HARNESS}, sdpa, Stub GPU, 80 GB]"
+
+# Code for `ask` below, which prints what is in the picture: points, line and texts.
 PICTURE = """
 import json
 axes = panels[0, 0]
@@ -30,6 +36,7 @@ print(json.dumps(drawn))
 
 @pytest.fixture(scope="module")
 def kernel():
+    """A Jupyter kernel. Starting one takes seconds, so all tests of this file share it."""
     kernel = KernelManager(kernel_name="python3")
     kernel.start_kernel()
     yield kernel
@@ -37,9 +44,9 @@ def kernel():
 
 
 def execute(kernel: KernelManager, folder: Path, ask: str = "") -> dict[str, str]:
-    """Run the notebook in a folder; gives what it printed and showed as text, by heading.
+    """Run the notebook in a folder. Returns what it printed and showed as text, by heading.
 
-    What the code `ask` prints after the last cell has the heading "asked".
+    The code `ask` runs after the last cell, and what it prints has the heading "asked".
     """
     notebook = nbformat.read(ROOT / "analysis.ipynb", 4)
     fresh = f"%reset -f\nimport os; os.chdir({str(folder)!r})"
@@ -51,7 +58,7 @@ def execute(kernel: KernelManager, folder: Path, ask: str = "") -> dict[str, str
         if cell.cell_type == "markdown":
             heading = cell.source.splitlines()[0].lstrip("# ")
         for output in cell.get("outputs", []):
-            assert output.get("name") != "stderr", output.text  # no warning either
+            assert output.get("name") != "stderr", output.text  # Warnings go there too.
             data = output.get("data", {})
             text = output.get("text") or data.get("text/markdown") or data["text/plain"]
             shown[heading] = shown.get(heading, "") + text
@@ -60,7 +67,7 @@ def execute(kernel: KernelManager, folder: Path, ask: str = "") -> dict[str, str
 
 @pytest.fixture
 def morning(kernel, tmp_path):
-    """What the notebook shows of this text in results.tsv."""
+    """A function that puts a text into results.tsv and returns what the notebook shows of it."""
 
     def show(results: str | None, ask: str = "") -> dict[str, str]:
         if results is not None:
@@ -71,7 +78,7 @@ def morning(kernel, tmp_path):
 
 
 def table(*rows: tuple) -> str:
-    """A table with one value in each row, as the original system wrote it, or a human by hand."""
+    """A table with one value in each row. The original system wrote it so, or a human does."""
     lines = [f"{commit}\t{value}\t1.0\t{status}\t{text}\n" for commit, value, status, text in rows]
     return HEADER + "".join(lines)
 
@@ -87,15 +94,16 @@ def row(commit: str, status: str, text: str, *values: float, machine: str = "") 
     return f"{commit}\t{statistics.mean(values):.6f}\t2.5\t{status}\t{text}{machine}\n"
 
 
-def sigma_and_noise(*experiments: tuple) -> tuple[float, str]:
-    """One run's sigma, from the values of the experiments, and the sentence on it."""
-    pairs = [pair for values in experiments for pair in itertools.combinations(values, 2)]
-    gap = statistics.mean(abs(a - b) for a, b in pairs)
-    sigma = gap / (2 / math.sqrt(math.pi))  # the mean distance between two standard normal draws
-    rough = ", so rough" if len(pairs) < 5 else ""
-    return sigma, (
-        f"The gap between two runs of one commit is {gap:.6f} on average "
-        f"(pairs: {len(pairs)}{rough}), so one run's sigma is {sigma:.6f}."
+def flat(points: list[list[float]]) -> list[float]:
+    """x and y of all points, one after the other. pytest.approx compares only flat lists."""
+    return [number for point in points for number in point]
+
+
+def noise(pairs: str, gap: str, sigma: str) -> str:
+    """The sentence on the noise, with these numbers."""
+    return (
+        f"The gap between two runs of one commit is {gap} on average "
+        f"(pairs: {pairs}), so one run's sigma is {sigma}."
     )
 
 
@@ -154,8 +162,9 @@ def test_half_a_line_strange_characters_and_upper_case(morning):
 
 
 def test_unreadable_memory_and_equal_repeats_have_their_sentences(morning):
-    rows = [("aaaaaaa", "keep"), ("aaaaaaa", "discard"), ("bbbbbbb", "keep")]
-    shown = morning(HEADER + "".join(f"{c}\t1.{5 - (c > 'b')}\t44 GB\t{s}\tx\n" for c, s in rows))
+    rows = "aaaaaaa\t1.5\t44 GB\tkeep\tx\naaaaaaa\t1.5\t44 GB\tdiscard\tx\n"
+    rows += "bbbbbbb\t1.4\t44 GB\tkeep\tx\n"
+    shown = morning(HEADER + rows)
     assert "Peak memory is unknown" in shown["Memory and simplicity"]
     assert "unknown: the repeats are equal" in shown["What was won?"]
 
@@ -170,27 +179,27 @@ def test_an_experiment_is_one_row_that_names_the_values_of_its_runs(morning):
         + row("aaaaaaa", "keep", "baseline", 1.7, 1.72, machine=MACHINE)
         + row("bbbbbbb", "discard", "a loss with one run", 1.8)
         + row("ccccccc", "crash", "a crash")
-        + row("ddddddd", "keep", "raise MATRIX_LR to 0.05", 1.601214, 1.603155)
+        + row("ddddddd", "keep", "raise MATRIX_LR to 0.05", 1.601214, 1.603154)
     )
     done = "beside the baseline: 3; 1 kept, 1 discarded, 1 crashed. Runs in all: 6."
     assert done in shown["How much was done?"]
     won = shown["What was won?"]
-    gain = statistics.mean([1.7, 1.72]) - statistics.mean([1.601214, 1.603155])
-    sigma, noise = sigma_and_noise((1.7, 1.72), (1.601214, 1.603155))
-    assert f"That is {gain / sigma:.1f} standard errors. {noise}" in won
+    # The gaps are 0.02 and 0.00194. The gain is 1.71 - 1.602184 = 0.107816.
+    sentence = noise("2, so rough", "0.010970", "0.009722")
+    assert f"That is 11.1 standard errors. {sentence}" in won
     assert re.search(r"^aaaaaaa +baseline +1\.71\d* +2 +2\.5 +baseline *$", won, re.MULTILINE)
     assert re.search(r"^ddddddd .* 2 +2\.5 +raise MATRIX_LR to 0\.05 *$", won, re.MULTILINE)
 
 
 def test_three_seeds_are_three_runs_and_three_pairs(morning):
-    first, second = (1.5, 1.53, 1.56), (1.4, 1.41, 1.42)
-    rows = row("aaaaaaa", "keep", "a", *first) + row("bbbbbbb", "keep", "b", *second)
+    rows = row("aaaaaaa", "keep", "a", 1.5, 1.53, 1.56)
+    rows += row("bbbbbbb", "keep", "b", 1.4, 1.41, 1.42)
     shown = morning(HEADER + rows)
     assert "Runs in all: 6." in shown["How much was done?"]
-    sigma, noise = sigma_and_noise(first, second)
-    assert "pairs: 6)" in noise
-    errors = (1.53 - 1.41) / (sigma * math.sqrt(1 / 3 + 1 / 3))
-    assert f"That is {errors:.1f} standard errors. {noise}" in shown["What was won?"]
+    # The gaps are 0.03, 0.06, 0.03, 0.01, 0.02 and 0.01. The gain is 0.12, between two means of
+    # three, so its standard error is sigma * sqrt(1/3 + 1/3) = 0.019296.
+    sentence = noise("6", "0.026667", "0.023633")
+    assert f"That is 6.2 standard errors. {sentence}" in shown["What was won?"]
     assert re.search(r"^bbbbbbb +best +1\.41\d* +3 ", shown["What was won?"], re.MULTILINE)
 
 
@@ -198,8 +207,8 @@ def test_three_seeds_are_three_runs_and_three_pairs(morning):
     "text",
     [
         "adam betas (0.9, 0.95)",
-        "adam betas (1.3, 1.5)",  # their mean is val_bpb, but they lack the decimals
-        "scales (1.300000, 1.500003)",  # the mean is not val_bpb
+        "adam betas (1.3, 1.5)",  # Their mean is val_bpb, but they lack the decimals.
+        "scales (1.300000, 1.500003)",  # Their mean is not val_bpb.
         "layers [0, 2, 4]",
     ],
 )
@@ -212,33 +221,35 @@ def test_numbers_in_a_description_of_the_original_system_are_no_values(morning, 
 
 
 def test_two_rows_a_commit_are_one_experiment_and_gains_count_from_the_state_before(morning):
-    pairs = {
-        "aaaaaaa": ("keep", (1.50, 1.52)),  # 1.51
-        "bbbbbbb": ("discard", (1.48, 1.56)),  # 1.52: refuted
-        "ccccccc": ("keep", (1.40, 1.42)),  # 1.41
-        "ddddddd": ("keep", (1.42, 1.44)),  # 1.43: simpler
-    }
-    rows = []
-    for commit, (status, (first, second)) in pairs.items():
-        rows.append((commit, first, "discard", f"seed 1 of 2: idea {commit}"))
-        rows.append((commit, second, status, f"idea {commit}"))
-    shown = morning(table(*rows, ("eeeeeee", 1.42, "discard", "seed 1 of 2: idea")), PICTURE)
+    rows = [
+        ("aaaaaaa", 1.50, "discard", "seed 1 of 2: baseline"),
+        ("aaaaaaa", 1.52, "keep", "baseline"),  # The mean is 1.51.
+        ("bbbbbbb", 1.48, "discard", "seed 1 of 2: refuted"),
+        ("bbbbbbb", 1.56, "discard", "refuted"),  # The mean is 1.52.
+        ("ccccccc", 1.40, "discard", "seed 1 of 2: a win"),
+        ("ccccccc", 1.42, "keep", "a win"),  # The mean is 1.41, so it gains 0.1.
+        ("ddddddd", 1.42, "discard", "seed 1 of 2: simpler"),
+        ("ddddddd", 1.44, "keep", "simpler"),  # The mean is 1.43, so it loses 0.02.
+        ("eeeeeee", 1.42, "discard", "seed 1 of 2: under way"),
+    ]
+    shown = morning(table(*rows), PICTURE)
     done = "beside the baseline: 4; 2 kept, 2 discarded, 0 crashed. Runs in all: 9."
     assert done in shown["How much was done?"]
     assert "waits for its second seed" in shown["How much was done?"]
-    sigma, noise = sigma_and_noise(*(values for _, values in pairs.values()))
     won = shown["What was won?"]
-    assert f"That is {0.1 / sigma:.1f} standard errors. {noise}" in won
+    # The gaps are 0.02, 0.08, 0.02 and 0.02. The gain of 0.1 has 0.1 / 0.0310179 standard errors.
+    sentence = noise("4, so rough", "0.035000", "0.031018")
+    assert f"That is 3.2 standard errors. {sentence}" in won
     assert re.search(r"^ddddddd +kept last +1\.43", won, re.MULTILINE) and "seed 1 of 2" not in won
-    assert re.search(rf"ccccccc +0\.10* +{0.1 / sigma:.4f}", shown["The ten largest gains"])
-    alone = "The 1 largest of 1 gains are 100%"  # ddddddd lost 0.02
+    assert re.search(r"ccccccc +0\.10* +3\.2239", shown["The ten largest gains"])
+    alone = "The 1 largest of 1 gains are 100%"
     assert alone in shown["The ten largest gains"]
     assert "1 of 2 kept changes stand out" in shown["What stands out of the noise?"]
     drawn = json.loads(shown["asked"])
-    circles = [[n, value] for n, (_, values) in enumerate(pairs.values(), 1) for value in values]
-    assert drawn["run"] == [*circles, [5, 1.42]]
-    bar = [1, 1.51, 3, 1.41, 4, 1.43, 6, 1.43]  # it rises for what is simpler
-    assert sum(drawn["bar"], []) == pytest.approx(bar)
+    circles = [1, 1.5, 1, 1.52, 2, 1.48, 2, 1.56, 3, 1.4, 3, 1.42, 4, 1.42, 4, 1.44, 5, 1.42]
+    assert flat(drawn["run"]) == circles
+    bar = [1, 1.51, 3, 1.41, 4, 1.43, 6, 1.43]  # It rises where the code became simpler.
+    assert flat(drawn["bar"]) == pytest.approx(bar)
 
 
 def test_a_repeat_by_hand_counts_for_the_mean_and_not_for_the_decision(morning):
@@ -247,7 +258,7 @@ def test_a_repeat_by_hand_counts_for_the_mean_and_not_for_the_decision(morning):
     by_hand = "bbbbbbb\t1.42\t1.0\tdiscard\tthird look\naaaaaaa\t1.52\t1.0\tkeep\tonce more\n"
     shown = morning(HEADER + rows + by_hand)
     assert "fell from 1.510000 to 1.410000" in shown["What was won?"]
-    assert sigma_and_noise((1.5, 1.52), (1.4, 1.42))[1] in shown["What was won?"]
+    assert noise("2, so rough", "0.020000", "0.017725") in shown["What was won?"]
     best = r"^bbbbbbb +best +1\.41 +2 +2\.5 +betas to \[0\.9, 0\.95\] *$"
     assert re.search(best, shown["What was won?"], re.MULTILINE)
     done = "beside the baseline: 1; 1 kept, 0 discarded, 0 crashed. Runs in all: 4."
@@ -274,23 +285,23 @@ def test_the_night_is_not_measured_from_a_baseline_that_was_disturbed_and_droppe
 def test_a_commit_that_is_measured_again_is_the_bar_and_neither_an_experiment_nor_a_gain(morning):
     shown = morning(
         HEADER
-        + row("aaaaaaa", "keep", "baseline", 1.7, 1.72, machine=MACHINE)  # 1.71
-        + row("bbbbbbb", "keep", "remove a gate", 1.6, 1.62)  # 1.61: it gains 0.1
-        + row("bbbbbbb", "keep", "measured again", 1.65, 1.66)  # 1.655: a slower machine
+        + row("aaaaaaa", "keep", "baseline", 1.7, 1.72, machine=MACHINE)  # mean 1.71
+        + row("bbbbbbb", "keep", "remove a gate", 1.6, 1.62)  # mean 1.61, so it gains 0.1
+        + row("bbbbbbb", "keep", "measured again", 1.65, 1.66)  # mean 1.655, on a slower machine
         + row("ccccccc", "discard", "add a layer", 1.656)
-        + row("bbbbbbb", "discard", "disturbed: measured again", 1.75, 1.9)  # dropped
-        + row("ddddddd", "keep", "warmup", 1.63, 1.64),  # 1.635: it gains 0.02
+        + row("bbbbbbb", "discard", "disturbed: measured again", 1.75, 1.9)
+        + row("ddddddd", "keep", "warmup", 1.63, 1.64),  # mean 1.635, so it gains 0.02
         PICTURE,
     )
     done = shown["How much was done?"]
     assert "beside the baseline: 3; 2 kept, 1 discarded, 0 crashed. Runs in all: 11." in done
     assert "measured again 1 time(s)" in done
-    values = [(1.7, 1.72), (1.6, 1.62), (1.65, 1.66), (1.75, 1.9), (1.63, 1.64)]
-    sigma, noise = sigma_and_noise(*values)
     won = shown["What was won?"]
-    assert f"The kept changes won 0.120000 bpb, {0.12 / 1.71:.2%} of the baseline." in won
-    error = sigma * math.sqrt(4 * 1 / 2)  # of (1.71 - 1.61) + (1.655 - 1.635), each a mean of two
-    assert f"That is {0.12 / error:.1f} standard errors. {noise}" in won
+    assert "The kept changes won 0.120000 bpb, 7.02% of the baseline." in won
+    # The gaps are 0.02, 0.02, 0.01, 0.15 and 0.01. What was won is (1.71 - 1.61) + (1.655 - 1.635).
+    # These are four means of two runs, so the standard error is sigma * sqrt(4 / 2) = 0.052639.
+    sentence = noise("5", "0.042000", "0.037222")
+    assert f"That is 2.3 standard errors. {sentence}" in won
     which = re.findall(r"^\w{7} +(\D+?) +1\.\d+ ", won, re.MULTILINE)
     assert which == ["baseline", "measured again", "best"]
     assert "of 2 kept changes stand out" in shown["What stands out of the noise?"]
@@ -304,10 +315,10 @@ def test_a_commit_that_is_measured_again_is_the_bar_and_neither_an_experiment_no
     drawn = json.loads(shown["asked"])
     assert drawn["words"] == [drawn["words"][0], "experiment"]
     assert drawn["words"][0].endswith(": 4 experiments in 11 runs, 3 kept with the baseline")
-    assert sum(drawn["kept (mean)"], []) == pytest.approx([1, 1.71, 2, 1.61, 6, 1.635])
-    assert sum(drawn["measured again"], []) == pytest.approx([3, 1.655])
+    assert flat(drawn["kept (mean)"]) == pytest.approx([1, 1.71, 2, 1.61, 6, 1.635])
+    assert flat(drawn["measured again"]) == pytest.approx([3, 1.655])
     bar = [1, 1.71, 2, 1.61, 3, 1.655, 6, 1.635, 7, 1.635]
-    assert sum(drawn["bar"], []) == pytest.approx(bar)
+    assert flat(drawn["bar"]) == pytest.approx(bar)
 
 
 def test_a_faster_machine_wins_nothing(morning):
@@ -317,96 +328,125 @@ def test_a_faster_machine_wins_nothing(morning):
     assert "Nothing kept is lower than the baseline yet" in shown["What was won?"]
     assert "measured again 1 time(s)" in shown["How much was done?"]
     shown = morning(HEADER + rows + row("bbbbbbb", "keep", "an idea", 1.59, 1.61))
-    sigma, _ = sigma_and_noise((1.7, 1.72), (1.6, 1.62), (1.59, 1.61))
+    # Each of the three gaps is 0.02, so sigma is 0.017725.
     assert "The kept changes won 0.010000 bpb" in shown["What was won?"]
-    assert f"That is {0.01 / sigma:.1f} standard errors" in shown["What was won?"]
+    assert "That is 0.6 standard errors" in shown["What was won?"]
 
 
 # ---------------------------------------------------------------------------
 # A long night
 
 
-@pytest.fixture(scope="module")
-def night(kernel, tmp_path_factory) -> SimpleNamespace:
-    """80 experiments, six minutes a run, in a repository: wins, refuted wins, losses and crashes.
+def plan_of_the_night() -> list[tuple]:
+    """Status, description and the val_bpb of each run: a baseline and 80 experiments.
 
-    In the middle the machine becomes slower, and the kept commit is measured again.
+    Before the 41st of them the machine becomes slower. The kept commit is measured again, with the
+    status "again", and its new mean is the bar from then on.
     """
-    folder = tmp_path_factory.mktemp("clone")
-    git(folder, "init", "-q", "-b", "autoresearch/mar5")
-    plan, bar, gains = [("keep", "baseline", (1.0, 1.002))], 1.001, []
+    plan = [("keep", "baseline", (1.0, 1.002))]
+    bar = 1.001
     for i in range(80):
         if i == 40:
-            plan.append(("again", "measured again", (round(bar + 0.019, 6), round(bar + 0.021, 6))))
-            bar = statistics.mean(plan[-1][2])
-        second = bar - 0.006 + (80 - i) / 20000  # two seeds come closer as the night goes on
-        long = f"raise MATRIX_LR, step {i}, which has a rather long description"
-        status, text, values = [
-            ("keep", long, (bar - 0.006, second)),
-            ("discard", f"add layer {i}", (bar + (0.5 if i == 51 else 0.01),)),
-            ("keep", f"remove gate {i}", (bar - 0.004, bar - 0.002)),
-            ("discard", f"warmup {i}", (bar - 0.001, bar + 0.002)),
-            ("crash", f"batch {i} (OOM)", ()),
-        ][i % 5]
+            values = (round(bar + 0.019, 6), round(bar + 0.021, 6))
+            plan.append(("again", "measured again", values))
+            bar = statistics.mean(values)
+        if i % 5 == 0:  # a win that becomes larger, because its two runs come closer
+            text = f"raise MATRIX_LR, step {i}, which has a rather long description"
+            status, values = "keep", (bar - 0.006, bar - 0.006 + (80 - i) / 20000)
+        elif i % 5 == 1:  # a loss, and once one that is far above the picture
+            text = f"add layer {i}"
+            status, values = "discard", (bar + (0.5 if i == 51 else 0.01),)
+        elif i % 5 == 2:  # a win by 0.003
+            text = f"remove gate {i}"
+            status, values = "keep", (bar - 0.004, bar - 0.002)
+        elif i % 5 == 3:  # refuted by the second run
+            text = f"warmup {i}"
+            status, values = "discard", (bar - 0.001, bar + 0.002)
+        else:
+            text = f"batch {i} (OOM)"
+            status, values = "crash", ()
         values = tuple(round(value, 6) for value in values)
         plan.append((status, text, values))
         if status == "keep":
-            gains.append(bar - statistics.mean(values))
             bar = statistics.mean(values)
+    return plan
 
-    stream, clock = ["feature done"], 1_750_000_000
-    mark, kept = 0, None
+
+def commit_plan(folder: Path, plan: list[tuple]) -> list[str]:
+    """Make a repository with a commit for each experiment of the plan. Returns their names.
+
+    Each commit comes upon the last one that was kept, and its train.py is a line longer than that
+    of the experiment before. A run takes six minutes.
+    """
+    stream, mark, kept = ["feature done"], 0, None
+    clock = 1_750_000_000
     for status, text, values in plan:
         if status != "again":
             mark += 1
-            time = clock if kept else clock - 7 * 24 * 3600  # the baseline is a week old
+            time = clock if kept else clock - 7 * 24 * 3600  # The baseline is a week old.
             code = f"# {text}\n" * (100 + mark)
             stream += ["commit refs/autoresearch/all", f"mark :{mark}"]
             stream += [f"committer night <night> {time} +0000", "data 1", "x"]
             stream += [f"from :{kept}"] if kept else []
             stream += ["M 100644 inline train.py", f"data {len(code)}", code]
-        clock += 360 * max(len(values), 1)
-        kept = mark if status == "keep" else kept
+        if status == "keep":
+            kept = mark
+        n_runs = max(len(values), 1)  # A crash is a run too.
+        clock += 360 * n_runs
     stream = "\n".join([*stream, "done", ""])
+    git(folder, "init", "-q", "-b", "autoresearch/mar5")
     git(folder, "fast-import", "--quiet", "--force", "--export-marks=marks", stdin=stream)
     marks = dict(line.split() for line in (folder / "marks").read_text().splitlines())
-    names = iter(marks[f":{number}"][:7] for number in range(1, mark + 1))
+    return [marks[f":{number}"][:7] for number in range(1, mark + 1)]
 
-    rows, commits, kept = [], [], None
+
+@pytest.fixture(scope="module")
+def night(kernel, tmp_path_factory) -> SimpleNamespace:
+    """A long night in a repository: its folder, its plan, its first commit, and what is shown."""
+    folder = tmp_path_factory.mktemp("clone")
+    plan = plan_of_the_night()
+    commits = commit_plan(folder, plan)
+    names = iter(commits)
+    rows, kept = [], None
     for status, text, values in plan:
-        commits.append(kept if status == "again" else next(names))
-        kept = commits[-1] if status == "keep" else kept
-        machine = "" if len(commits) > 1 else MACHINE
-        verdict = "keep" if status == "again" else status
-        rows.append(row(commits[-1], verdict, text, *values, machine=machine))
+        if status == "again":
+            rows.append(row(kept, "keep", text, *values))
+            continue
+        commit = next(names)
+        rows.append(row(commit, status, text, *values, machine="" if rows else MACHINE))
+        if status == "keep":
+            kept = commit
     (folder / "results.tsv").write_text(HEADER + "".join(rows))
     shown = execute(kernel, folder, PICTURE)
-    return SimpleNamespace(folder=folder, plan=plan, commits=commits, gains=gains, shown=shown)
+    return SimpleNamespace(folder=folder, plan=plan, baseline=commits[0], shown=shown)
 
 
 def test_long_night_in_numbers(night):
-    shown, gains = night.shown, night.gains
-    statuses = [status for status, *_ in night.plan]
-    kept, discarded, crashed = (statuses.count(name) for name in ("keep", "discard", "crash"))
-    runs = [max(len(values), 1) for *_, values in night.plan]
-    assert sum(runs) > 100 and kept > 30
-    done = f"{kept - 1} kept, {discarded} discarded, {crashed} crashed. Runs in all: {sum(runs)}."
-    assert f"Experiments beside the baseline: 80; {done}" in shown["How much was done?"]
-    hours = sum(runs[1:-1]) / 10  # the last one's runs follow the time of its commit
-    pace = f"79 experiments took {hours:.1f} hours, {79 / hours:.1f} an hour."
+    # Of each kind there are 16 experiments. The plan has 2 + 16 * (2 + 1 + 2 + 2 + 1) + 2 runs.
+    shown = night.shown
+    done = "80; 32 kept, 32 discarded, 16 crashed. Runs in all: 132."
+    assert f"Experiments beside the baseline: {done}" in shown["How much was done?"]
+    # The runs between the first of the 80 commits and the last one are 132 - 2 - 1.
+    pace = "79 experiments took 12.9 hours, 6.1 an hour."
     assert pace in shown["How much was done?"]
 
-    sigma, noise = sigma_and_noise(*(values for *_, values in night.plan))
-    won = f"The kept changes won {sum(gains):.6f} bpb, {sum(gains) / 1.001:.2%} of the baseline."
+    # With MATRIX_LR each win is 0.006 less half of the gap between its two runs. These gaps are
+    # (80 + 75 + ... + 5) / 20000 = 0.034 in all. Each other win is 0.003. So the whole gain is
+    # 16 * 0.006 - 0.034 / 2 + 16 * 0.003 = 0.127. The baseline is 1.001.
+    won = "The kept changes won 0.127000 bpb, 12.69% of the baseline."
     assert won in shown["What was won?"]
-    error = sigma * math.sqrt(2)  # four means of two: before and after it was measured again
-    assert f"That is {sum(gains) / error:.1f} standard errors. {noise}" in shown["What was won?"]
-    clear = sum(gain > 2 * sigma for gain in gains)  # sigma: between two means of two
-    assert 0 < clear < len(gains)
-    stands_out = f"{clear} of {len(gains)} kept changes stand out"
-    assert stands_out in shown["What stands out of the noise?"] and noise in shown["What was won?"]
-    share = sum(sorted(gains)[-10:]) / sum(gains)
-    largest = f"The 10 largest of {len(gains)} gains are {share:.0%} of their sum."
+    # All gaps together are 0.034 + 16 * 0.002 + 16 * 0.003 + 2 * 0.002 = 0.118.
+    sentence = noise("50", "0.002360", "0.002091")
+    # The standard error is sigma * sqrt(2) = 0.002958, because the kept commit was measured again:
+    # the sum of the gains has four means of two runs.
+    assert f"That is 42.9 standard errors. {sentence}" in shown["What was won?"]
+    # Clear is what gains more than 2 * 0.002091. The first two wins with MATRIX_LR do not:
+    # 0.006 - 80 / 40000 = 0.004 and 0.006 - 75 / 40000 = 0.004125. The next one gains 0.00425.
+    stands_out = "14 of 32 kept changes stand out"
+    assert stands_out in shown["What stands out of the noise?"]
+    assert sentence in shown["What stands out of the noise?"]
+    # The ten largest are 10 * 0.006 - (5 + 10 + ... + 50) / 40000 = 0.053125 of 0.127.
+    largest = "The 10 largest of 32 gains are 42% of their sum."
     assert largest in shown["The ten largest gains"]
 
     tried = shown["What was tried, and with what success?"]
@@ -414,36 +454,37 @@ def test_long_night_in_numbers(night):
     for kind, successes in kinds.items():
         assert re.search(rf"^{kind} +16 +{successes} ", tried, re.MULTILINE)
     assert not re.search("^other", tried, re.MULTILINE)
-    last_kept = max(number for number, status in enumerate(statuses) if status == "keep")
-    lines = 101 + last_kept - 1  # one more with each commit, and `again` has none
     assert "from 2.5 to 2.5 GB" in shown["Memory and simplicity"]
-    assert f"from 101 to {lines} lines" in shown["Memory and simplicity"]
-    assert f"{crashed} of 81 experiments crashed" in shown["What crashed?"]
-    text = night.plan[last_kept][1]
-    assert f"\n+# {text}\n" in shown["The night's train.py against the start"]
+    # The last kept experiment is the 78th beside the baseline.
+    assert "from 101 to 179 lines" in shown["Memory and simplicity"]
+    assert "16 of 81 experiments crashed" in shown["What crashed?"]
+    assert "\n+# remove gate 77\n" in shown["The night's train.py against the start"]
 
 
 def test_the_picture_has_every_run_at_its_experiment_and_the_bar(night):
     drawn = json.loads(night.shown["asked"])
-    numbered = list(enumerate(night.plan, 1))
-    circles = [[n, value] for n, (*_, values) in numbered for value in values]
+    circles, kept, again, bar, crashes = [], [], [], [], []
+    for n, (status, _, values) in enumerate(night.plan, 1):
+        circles += [[n, value] for value in values]
+        if status == "keep":
+            kept += [n, statistics.mean(values)]
+        if status == "again":
+            again += [n, statistics.mean(values)]
+        if status in ("keep", "again"):
+            bar += [n, statistics.mean(values)]
+        if status == "crash":
+            crashes.append(n)
     assert drawn["run"] == circles
     assert [n for n, _ in drawn["run above"]] == [n for n, value in circles if value > 1.4]
-    means = {"keep": [], "again": []}
-    for n, (status, _, values) in numbered:
-        if status in means:
-            means[status].append([n, pytest.approx(statistics.mean(values))])
-    assert drawn["kept (mean)"] == means["keep"] and drawn["measured again"] == means["again"]
-    bar = sorted(means["keep"] + means["again"], key=lambda point: point[0])
-    assert drawn["bar"] == [*bar, [len(night.plan) + 1, bar[-1][1]]]
-    crashes = [n for n, (status, *_) in numbered if status == "crash"]
+    assert flat(drawn["kept (mean)"]) == pytest.approx(kept)
+    assert flat(drawn["measured again"]) == pytest.approx(again)
+    assert flat(drawn["bar"]) == pytest.approx([*bar, 83, bar[-1]])  # to the end, after 82 rows
     assert [n for n, _ in drawn["crash"]] == crashes
-    numbers = [str(number) for number in range(1, len(means["keep"]) + 1)]
+    numbers = [str(number) for number in range(1, 34)]  # 32 kept changes, and the baseline
     *below_the_points, names = drawn["texts"]
     assert below_the_points == numbers
     assert [line.split()[0] for line in names.splitlines()] == numbers
-    runs = len(circles) + len(crashes)
-    title = f"mar5: 81 experiments in {runs} runs, {len(numbers)} kept with the baseline"
+    title = "mar5: 81 experiments in 132 runs, 33 kept with the baseline"
     assert drawn["words"] == [title, "experiment"]
 
 
@@ -463,10 +504,10 @@ def test_picture_is_saved_and_large_enough_to_read(night):
 
 def test_other_worktrees_of_the_repository_have_their_part(kernel, night, tmp_path):
     second, branch = str(tmp_path / "gpu1"), "autoresearch/mar5-gpu1"
-    git(night.folder, "worktree", "add", "-q", "-b", branch, second, night.commits[0])
+    git(night.folder, "worktree", "add", "-q", "-b", branch, second, night.baseline)
     rows = table(("aaaaaaa", 1.5, "keep", "baseline"), ("bbbbbbb", 1.4, "keep", "idea"))
     Path(second, "results.tsv").write_text(rows)
     won = execute(kernel, night.folder)["What was won?"]
     git(night.folder, "worktree", "remove", "--force", second)
-    assert f"mar5: The kept changes won {sum(night.gains):.6f} bpb" in won
+    assert "mar5: The kept changes won 0.127000 bpb" in won
     assert "mar5-gpu1: val_bpb fell from 1.500000 to 1.400000" in won

@@ -1,9 +1,10 @@
 """
-A night in small: the shell blocks of program.md, each run in a shell of its own.
+Claims about program.md: a night in small, made of its shell blocks.
 
-The blocks are found by their headings, so program.md may be edited. train.py is a stub that ends in a moment
-with the numbers that it is told, uv runs Python at once, and sleep is short. The rest is real: git, the
-shell, awk, and the prepare.py that the setup asks for text.
+The tests find the blocks by their headings, so the text of program.md may be edited. Each command
+runs in a new shell. train.py is a stub that ends at once with the numbers that a test wants, `uv`
+runs Python and nothing else, and `sleep` is short. All other things are real: git, the shell, awk,
+and prepare.py, which the setup asks whether text is prepared.
 """
 
 import math
@@ -16,13 +17,14 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from itertools import combinations
 from pathlib import Path
-from statistics import mean
 
 import pandas as pd
 import pytest
 from conftest import GIT_ENV, HEADER, ROOT, git
+
+# ---------------------------------------------------------------------------
+# The commands of program.md
 
 PROGRAM = (ROOT / "program.md").read_text()
 
@@ -34,18 +36,22 @@ def blocks(heading: str) -> list[str]:
 
 
 def inline(start: str) -> str:
-    """The one command in the prose of program.md that begins so."""
+    """The command in the prose of program.md that begins with this. There must be just one."""
     prose = re.sub(r"```.*?```", "", PROGRAM, flags=re.DOTALL)
     found = {" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)}
     (command,) = {code for code in found if code.startswith(start)}
     return command
 
 
-SETUP, RESUME, WORKTREE = (blocks(heading)[0] for heading in ("Setup", "Resume", "Several GPUs"))
+SETUP = blocks("Setup")[0]
+RESUME = blocks("Resume")[0]
+WORKTREE = blocks("Several GPUs")[0]
 LOAD, EXPERIMENT = blocks("One experiment")[:2]
 COMMIT, RUN_AND_POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.splitlines())
 (RULE,) = (block for block in blocks("The keep rule") if block.startswith("#:"))
-TWO_SEEDS = r"""#: the keep rule that these tests expect, whatever rule a human has put in its place
+
+# A human may write another keep rule into program.md. These tests put this one in its place.
+TWO_SEEDS = r"""#: the keep rule
 seeds='1 2'
 spread=1.1
 better() { holds "$1 < $(bar)"; }
@@ -53,12 +59,20 @@ simpler() { holds "$1 <= $(bar) + $(gap)"; }
 again() { true; }
 #:
 """
-SHELLS = [
-    name for name in ("sh", "zsh") if shutil.which(name)
-]  # Debian's sh is dash, macOS's is bash
-SHARED = "[0123456789ab, sdpa, Stub GPU, 80 GB]"
 
-# Its load, a number from the environment, raises every val_bpb and takes that share of the steps.
+SHELLS = [name for name in ("sh", "zsh") if shutil.which(name)]  # sh: dash on Debian, bash on macOS
+
+# What `finish` adds to a description. The runs of the stub make 900, 896 and 890 steps.
+ONE_RUN = " [0123456789ab: 900 steps in 300 s]"
+TWO_RUNS = " [0123456789ab: 900, 896 steps in 300 s]"
+THREE_RUNS = " [0123456789ab: 900, 896, 890 steps in 300 s]"
+SHARED = " [0123456789ab, sdpa, Stub GPU, 80 GB]"  # for the baseline only
+
+# ---------------------------------------------------------------------------
+# A stub in place of train.py
+
+# Two variables of the environment change what it does. STUB_LOAD raises every val_bpb by a number
+# and takes that share of the steps. STUB_HANGS_AT names a seed with which it hangs.
 STUB = """
 import faulthandler, os, sys, time
 seed, kind, nan, inf = int(os.environ["SEED"]), {kind!r}, float("nan"), float("inf")
@@ -102,29 +116,52 @@ def stub(
     attention: str = "sdpa",
     harness: str = "0123456789ab",
 ) -> str:
-    """A train.py that ends with these val_bpb, one for each seed, or in another way."""
+    """A train.py whose runs end with these val_bpb, one for each seed.
+
+    The steps are those of each run. Another kind ends in another way:
+
+    "slow"     says that it compiles, and sleeps for a minute
+    "hang"     hangs, and the watchdog ends it
+    "refused"  is a model that the harness refuses
+    "nan"      ends because its loss is no number
+    "bug"      raises an error
+    "edit"     changes train.py, as an agent would who does not wait
+    "late"     fails after its summary
+    """
     facts = {"values": values, "seeds": seeds, "steps": steps}
     return STUB.format(kind=kind, attention=attention, harness=harness, **facts)
 
 
-def measured(*values: float, steps: tuple = (900, 896, 890)) -> str:
-    """What finish adds to a description for runs that ended with these val_bpb."""
-    listed = ", ".join(f"{value:.6f}" for value in values)
-    suffix = f" [0123456789ab: {', '.join(map(str, steps[: len(values)]))} steps in 300 s]"
-    return suffix + (f" ({listed})" if len(values) > 1 else "")
+# ---------------------------------------------------------------------------
+# An agent at work in a clone
+
+# It takes `uv run train.py` and `uv run -q python -c CODE`.
+UV = """#!/bin/sh
+shift
+[ "$1" != -q ] || shift
+[ "$1" != python ] || shift
+exec {python} "$@"
+"""
 
 
 class Night:
-    """A scratch clone, and an agent's shell in it."""
+    """A clone of the project with the stub as its train.py, and an agent who works in it.
+
+    A test says what the agent does: `sh` and `do` run shell commands, `setup` or `begin` starts the
+    night, `experiment` makes a whole experiment, and `commit`, `run` and `finish` are its parts.
+    Then the test looks at the repository: at its `rows`, its `log` and its `head`, or with `git`.
+    """
 
     def __init__(self, folder: Path, shell: str = "sh", rule: str = TWO_SEEDS):
         self.folder, self.shell = folder / "clone", shell
         tools = folder / "bin"
         tools.mkdir(parents=True)
-        python = shlex.quote(sys.executable)
-        uv = f'shift; [ "$1" != -q ] || shift; [ "$1" != python ] || shift; exec {python} "$@"'
-        for name, line in {"uv": uv, "sleep": f"exec {shutil.which('sleep')} 0.02"}.items():
-            (tools / name).write_text(f"#!/bin/sh\n{line}\n")
+        scripts = {
+            "uv": UV.format(python=shlex.quote(sys.executable)),
+            "sleep": f"#!/bin/sh\nexec {shutil.which('sleep')} 0.02\n",
+        }
+        for name, text in scripts.items():
+            (tools / name).write_text(text)
             (tools / name).chmod(0o755)
         self.env = {**GIT_ENV, "PATH": f"{tools}:{os.environ['PATH']}"}
         self.folder.mkdir()
@@ -137,7 +174,10 @@ class Night:
         self.git("commit", "-qm", "the state that the night begins with")
 
     def sh(self, command: str, **env: str) -> subprocess.CompletedProcess:
-        """Run in a new shell and kill its process group at the end, as Codex does; gives what it printed."""
+        """Run a command in a new shell, and kill the shell's process group in the end.
+
+        Some coding agents, such as Codex, do the same. The result has all that was printed.
+        """
         with subprocess.Popen(
             [self.shell, "-c", command],
             cwd=self.folder,
@@ -153,44 +193,47 @@ class Night:
         return subprocess.CompletedProcess(command, process.returncode, output)
 
     def do(self, command: str, **env: str) -> subprocess.CompletedProcess:
+        """Run a command in a new shell that has loaded the commands of program.md."""
         return self.sh(LOAD + command, **env)
 
     def git(self, *args: str) -> str:
         return git(self.folder, *args)
 
     def setup(self) -> "Night":
+        """Begin the night with the block of program.md."""
         done = self.sh(SETUP)
         assert (done.returncode, done.stdout) == (0, ""), done.stdout
         return self
 
     def begin(self, rows: str = "") -> None:
-        """What the setup leaves, without its look at the prepared text, and some rows."""
+        """Begin the night without asking prepare.py, which takes seconds, and with some rows."""
         self.git("switch", "-qc", "autoresearch/mar5")
         self.git("update-ref", "refs/autoresearch/mar5/start", "HEAD")
         (self.folder / "results.tsv").write_text(HEADER + rows)
 
     def commit(self, train: str, message: str = "an idea") -> str:
+        """Write this train.py and commit it. Returns the commit."""
         (self.folder / "train.py").write_text(train)
         done = self.do(re.sub(r"'.*'", lambda _: shlex.quote(message), COMMIT))
         assert done.returncode == 0, done.stdout
         return self.head()
 
     def run(self, word: str = "", **env: str) -> str:
-        """Start the job and poll until it ends; gives what poll showed."""
+        """Start the job and poll until it has ended. Returns what `poll` showed."""
         shown = self.do(RUN_AND_POLL.replace("run", f"run {word}", 1), **env)
-        assert shown.returncode == 0 and re.search(r"^exit: \d+$", shown.stdout, re.MULTILINE), (
-            shown.stdout
-        )
+        assert shown.returncode == 0, shown.stdout
+        assert re.search(r"^exit: \d+$", shown.stdout, re.MULTILINE), shown.stdout
         return shown.stdout
 
     def finish(self, description: str, word: str = "keep") -> subprocess.CompletedProcess:
+        """Write the row. The word is `keep` or `drop`."""
         command = FINISH.replace("keep", word, 1)
         return self.do(re.sub(r"'.*'", lambda _: shlex.quote(description), command))
 
     def experiment(
         self, train: str | None, description: str, word: str = "keep", run: str = ""
     ) -> str:
-        """Commit, run and write the row; gives the commit."""
+        """Commit, run and write the row. Returns the commit. Without a train.py it is the head."""
         commit = self.commit(train, description) if train else self.head()
         self.run(run)
         done = self.finish(description, word)
@@ -198,6 +241,7 @@ class Night:
         return commit
 
     def rows(self) -> list[list[str]]:
+        """The cells of each row of results.tsv, without the header."""
         header, *rows = (self.folder / "results.tsv").read_text().splitlines()
         assert header + "\n" == HEADER
         return [row.split("\t") for row in rows]
@@ -213,7 +257,7 @@ class Night:
         return int(re.search(r"^run group: (\d+)$", self.log(), re.MULTILINE)[1])
 
     def wait_for(self, text: str) -> None:
-        """Until run.log shows it."""
+        """Wait until run.log shows this text."""
         deadline = time.monotonic() + 20
         while text not in self.log():
             assert time.monotonic() < deadline, self.log()
@@ -225,13 +269,17 @@ class Night:
         deadline = time.monotonic() + 20
         group = self.group()
         with suppress(ProcessLookupError):
-            while time.monotonic() < deadline:  # until the system has cleared it away
+            while time.monotonic() < deadline:  # until the system no longer knows the group
                 os.killpg(group, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------
+# A whole night
 
 
 @pytest.fixture(scope="module", params=SHELLS)
 def night(request, tmp_path_factory) -> Night:
-    """A whole night; what came of it is in `commits`, by name."""
+    """A whole night, in each shell. Its commits are in `commits`, by a name for each experiment."""
     night = Night(tmp_path_factory.mktemp("night"), request.param).setup()
     commits = night.commits = {}
     commits["baseline"] = night.experiment(None, "baseline")
@@ -255,14 +303,11 @@ def night(request, tmp_path_factory) -> Night:
     commits["ugly"] = night.experiment(stub(1.5, 1.5), "forty lines for a gain", "drop")
 
     commits["deaths"] = night.commit(stub(1.695, 1.705), "the machine dies under each seed")
-    for seed in "12":
+    for seed in ("1", "2"):
         assert night.do("run", STUB_HANGS_AT=seed).returncode == 0
         night.kill_job(f"run seed: {seed}\n")
-        assert (
-            night.do("poll")
-            .stdout.splitlines()[-1]
-            .startswith("the run has died and was not finished")
-        )
+        last_line = night.do("poll").stdout.splitlines()[-1]
+        assert last_line.startswith("the run has died and was not finished")
     night.git("switch", "-q", "main")
     assert "forty lines for a gain" in night.sh(RESUME).stdout
     night.run()
@@ -273,40 +318,28 @@ def night(request, tmp_path_factory) -> Night:
 
 
 def test_rows_of_the_night(night):
-    expected = [  # worked out by hand: the bar is 1.71, then 1.695, 1.7025, 1.7 and, under load, 1.9
-        ("baseline", 1.71, "keep", "baseline", (1.70, 1.72), " " + SHARED),
-        ("win", 1.695, "keep", "raise MATRIX_LR to 0.05", (1.705, 1.685)),
-        ("refuted", 1.6975, "discard", "a lucky first seed", (1.69, 1.705)),
-        (
-            "loss",
-            1.8,
-            "discard",
-            "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer (0.9, 0.95)",
-            (1.8,),
-        ),
-        ("simpler", 1.7025, "keep", "delete the value gates", (1.70, 1.705)),
-        ("too simple", 1.73, "discard", "delete the MLP", (1.73,)),
-        ("bug", 0, "crash", "a slip", ()),
-        ("mended", 1.9, "discard", "the slip mended", (1.9,)),
-        ("hang", 0, "crash", "an endless loop", ()),
-        ("nan", 0, "crash", "a rate of 10", ()),
-        ("refused", 0, "crash", "no mask", ()),
-        ("ugly", 1.5, "discard", "forty lines for a gain", (1.5, 1.5)),
-        ("deaths", 1.7, "keep", "the machine dies under each seed", (1.695, 1.705)),
-    ]
-    rows = [
-        [
-            night.commits[name],
-            f"{value:.6f}",
-            f"{43 + len(values)}.0" if values else "0.0",  # of the run that took the most
-            status,
-            text + (measured(*values) if values else "") + "".join(more),
-        ]
-        for name, value, status, text, values, *more in expected
-    ]
-    again = "measured again" + measured(1.895, 1.905, steps=(720, 717))
-    rows.append([night.commits["deaths"], "1.900000", "45.0", "keep", again])
-    assert night.rows() == rows
+    # The bar is 1.71, then 1.695, 1.7025, 1.7 and, under load, 1.9. A row's memory is that of the
+    # run that took the most: 44.0 GB with the first seed, and 45.0 GB with the second.
+    strange = "a 'quoted' tab, C:\\temp\\new, %s 100%, $HOME and a line: größer (0.9, 0.95)"
+    slower = " [0123456789ab: 720, 717 steps in 300 s]"  # four fifths of 900 and 896
+    expected = f"""
+baseline|1.710000|45.0|keep|baseline{TWO_RUNS} (1.700000, 1.720000){SHARED}
+win|1.695000|45.0|keep|raise MATRIX_LR to 0.05{TWO_RUNS} (1.705000, 1.685000)
+refuted|1.697500|45.0|discard|a lucky first seed{TWO_RUNS} (1.690000, 1.705000)
+loss|1.800000|44.0|discard|{strange}{ONE_RUN}
+simpler|1.702500|45.0|keep|delete the value gates{TWO_RUNS} (1.700000, 1.705000)
+too simple|1.730000|44.0|discard|delete the MLP{ONE_RUN}
+bug|0.000000|0.0|crash|a slip
+mended|1.900000|44.0|discard|the slip mended{ONE_RUN}
+hang|0.000000|0.0|crash|an endless loop
+nan|0.000000|0.0|crash|a rate of 10
+refused|0.000000|0.0|crash|no mask
+ugly|1.500000|45.0|discard|forty lines for a gain{TWO_RUNS} (1.500000, 1.500000)
+deaths|1.700000|45.0|keep|the machine dies under each seed{TWO_RUNS} (1.695000, 1.705000)
+deaths|1.900000|45.0|keep|measured again{slower} (1.895000, 1.905000)
+"""
+    rows = [line.split("|") for line in expected.strip().splitlines()]
+    assert night.rows() == [[night.commits[name], *cells] for name, *cells in rows]
 
 
 def test_pandas_reads_the_table_as_it_is(night):
@@ -322,16 +355,13 @@ def test_branch_holds_exactly_the_kept_commits(night):
 
 def test_every_discarded_commit_stays_reachable_with_its_code_and_so_does_the_table(night):
     night.git("gc", "-q", "--prune=now")
-    discarded = {row[0] for row in night.rows()} - set(
-        night.git("log", "--format=%h", "--abbrev=7").split()
-    )
+    kept = night.git("log", "--format=%h", "--abbrev=7").split()
+    discarded = {row[0] for row in night.rows()} - set(kept)
     refs = night.do(inline("git for-each-ref")).stdout.split()[2::3]
-    assert set(refs) == {
-        f"refs/autoresearch/mar5/{name}" for name in ("start", "table", *discarded)
-    }
-    assert "(1.69, 1.705)" in night.git(
-        "show", f"refs/autoresearch/mar5/{night.commits['refuted']}:train.py"
-    )
+    names = ["start", "table", *discarded]
+    assert set(refs) == {f"refs/autoresearch/mar5/{name}" for name in names}
+    refuted = f"refs/autoresearch/mar5/{night.commits['refuted']}"
+    assert "(1.69, 1.705)" in night.git("show", f"{refuted}:train.py")
     table = (night.folder / "results.tsv").read_text()
     (night.folder / "results.tsv").unlink()
     refuses(night.do("run"), "see Resume")
@@ -347,35 +377,39 @@ def test_nothing_but_train_py_has_changed_and_the_tree_is_clean(night):
 
 def test_bar_is_the_kept_mean_and_gap_the_mean_distance_of_all_pairs(night):
     assert float(night.do("bar").stdout) == 1.9
-    gap = mean([0.02, 0.02, 0.015, 0.005, 0, 0.01, 0.01])
+    # Seven rows have two runs.
+    gap = (0.02 + 0.02 + 0.015 + 0.005 + 0 + 0.01 + 0.01) / 7
     assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
 
 
 def test_lines_for_direction_show_the_curve_and_what_was_tried(night):
     (night.folder / "notes.md").write_text("")
-    assert (
-        len(night.sh(inline("awk ")).stdout.splitlines()) == 14
-    )  # six of each seed, and its number
-    assert "raise MATRIX_LR" in night.sh(inline("grep -i rope").replace("rope", "matrix_lr")).stdout
+    curve = night.sh(inline("awk ")).stdout.splitlines()
+    assert len(curve) == 14  # the number of the seed and six of its steps, twice
+    tried = night.sh(inline("grep -i rope").replace("rope", "matrix_lr")).stdout
+    assert "raise MATRIX_LR" in tried
 
 
 # ---------------------------------------------------------------------------
 # What the commands refuse, and what a death leaves behind
 
 
+# The baseline of a night that has begun, without its commit: the bar is 1.71, and the gap 0.02.
+BASELINE = f"1.710000\t44.0\tkeep\tbaseline{TWO_RUNS} (1.700000, 1.720000){SHARED}\n"
+
+
 @pytest.fixture
 def started(tmp_path) -> Night:
-    """A night with its baseline done: bar 1.71, gap 0.02."""
+    """A night with its baseline done."""
     night = Night(tmp_path)
-    row = f"1.710000\t44.0\tkeep\tbaseline{measured(1.70, 1.72)} {SHARED}\n"
-    night.begin(f"{night.head()}\t{row}")
+    night.begin(f"{night.head()}\t{BASELINE}")
     return night
 
 
 def refuses(done: subprocess.CompletedProcess, reason: str) -> None:
-    assert done.returncode != 0 and done.stdout.startswith("refused: ") and reason in done.stdout, (
-        done.stdout
-    )
+    """Assert that a command failed, with one sentence that names the reason."""
+    assert done.returncode != 0, done.stdout
+    assert done.stdout.startswith("refused: ") and reason in done.stdout, done.stdout
     assert len(done.stdout.splitlines()) == 1, done.stdout
 
 
@@ -395,7 +429,7 @@ def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
 def test_run_refuses_when_another_file_differs_from_the_start(started, name):
     with (started.folder / name).open("a") as file:
         file.write("\n# mine\n")
-    if name != "helper.py":  # committed or not
+    if name != "helper.py":  # That file is not committed.
         started.git("commit", "-qam", "a change to what is locked")
     refuses(started.do("run"), name)
     assert not (started.folder / "run.log").exists()
@@ -457,7 +491,7 @@ def test_run_refuses_while_another_is_under_way_and_poll_shows_where_it_is(start
         refuses(started.do("run"), "under way")
         began = time.monotonic()
         shown = started.do("poll 3").stdout
-        assert time.monotonic() - began > 2  # it did wait
+        assert time.monotonic() - began > 2  # `poll 3` did wait.
         kept = started.rows()[0][0]
         standing = rf"kept {kept}, bar 1\.710000, gap 0\.020000"
         head = rf"seed 1 of {commit}, \d+ s\nso far: val_bpb , steps ; {standing}\ncompiling\n"
@@ -478,7 +512,7 @@ def test_the_row_comes_before_the_next_run_and_only_once(started):
 
 def test_a_run_outlives_the_process_group_of_its_command_and_a_hangup(started):
     started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(1)", 1))
-    assert started.do("run").returncode == 0  # whose process group is dead by now
+    assert started.do("run").returncode == 0  # The process group of this command is dead by now.
     started.wait_for("compiling")
     os.killpg(started.group(), signal.SIGHUP)
     assert "exit: 0" in started.do("poll").stdout
@@ -488,10 +522,8 @@ def test_finish_names_what_was_committed_while_the_experiment_ran(started):
     commit = started.commit(stub(1.8))
     started.run()
     idea = started.commit(stub(1.6, 1.6), "the next idea")
-    refuses(
-        started.finish("a loss"),
-        f"git reset --keep {commit}, finish, and later git cherry-pick {idea}",
-    )
+    what_to_do = f"git reset --keep {commit}, finish, and later git cherry-pick {idea}"
+    refuses(started.finish("a loss"), what_to_do)
     started.git("reset", "-q", "--keep", commit)
     assert started.finish("a loss").returncode == 0
     assert started.rows()[-1][:2] == [commit, "1.800000"]
@@ -554,7 +586,8 @@ def test_an_unknown_word_and_a_missing_description_are_refused(started):
 def test_equal_to_the_bar_is_no_win_unless_simpler(started):
     started.experiment(stub(1.71), "no gain")
     assert started.rows()[-1][3] == "discard" and started.log().count("run seed: ") == 1
-    started.experiment(stub(1.73, 1.73), "no gain, less code", run="simpler")  # a gap above the bar
+    # This is a gap above the bar.
+    started.experiment(stub(1.73, 1.73), "no gain, less code", run="simpler")
     assert started.rows()[-1][3] == "keep"
 
 
@@ -578,7 +611,8 @@ def test_a_machine_that_never_holds_still_gets_a_wider_spread(started):
 
 def test_a_tenth_more_steps_is_still_the_same_machine(started):
     started.experiment(stub(1.6, 1.6, steps=(990, 900)), "a win")
-    assert started.rows()[-1][3:] == ["keep", "a win" + measured(1.6, 1.6, steps=(990, 900))]
+    text = "a win [0123456789ab: 990, 900 steps in 300 s] (1.600000, 1.600000)"
+    assert started.rows()[-1][3:] == ["keep", text]
 
 
 def test_finish_of_a_disturbed_run_says_how_to_try_again(started):
@@ -613,7 +647,7 @@ def test_a_start_that_crashes_may_be_mended_into_a_baseline(tmp_path):
     night.experiment(None, "baseline")
     commit = night.experiment(stub(1.7, 1.72), "baseline, mended")
     assert [row[3] for row in night.rows()] == ["crash", "keep"] and night.rows()[1][0] == commit
-    assert night.rows()[1][4].endswith(f"(1.700000, 1.720000) {SHARED}")
+    assert night.rows()[1][4].endswith(f"(1.700000, 1.720000){SHARED}")
 
 
 def test_run_again_measures_the_kept_commit_only(started):
@@ -624,7 +658,8 @@ def test_run_again_measures_the_kept_commit_only(started):
 
 
 def test_a_crash_under_the_second_seed_decides(started):
-    commit = started.experiment(stub(1.6), "fragile")  # no number for the second seed: a traceback
+    # The stub has no number for the second seed, so it ends with a traceback.
+    commit = started.experiment(stub(1.6), "fragile")
     assert started.rows()[-1] == [commit, "0.000000", "0.0", "crash", "fragile"]
     assert started.do("gap").stdout == "0.020000\n"
 
@@ -690,8 +725,7 @@ def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
 
 def test_the_rule_that_ships_tells_a_clear_win_from_a_clear_loss(tmp_path):
     night = Night(tmp_path, rule=RULE)
-    row = f"1.710000\t44.0\tkeep\tbaseline{measured(1.70, 1.72)} {SHARED}\n"
-    night.begin(f"{night.head()}\t{row}")
+    night.begin(f"{night.head()}\t{BASELINE}")
     for name, value, passes in [
         ("better", 1.5, 0),
         ("better", 1.9, 1),
@@ -715,7 +749,7 @@ def test_three_seeds_and_a_margin_are_a_line_each(tmp_path):
     night.experiment(stub(1.70, 1.7, 1.701), "a gain")
     assert [row[1] for row in night.rows()] == ["1.710000", "1.709500", "1.706667", "1.700333"]
     assert [row[3] for row in night.rows()] == ["keep", "discard", "keep", "keep"]
-    assert night.rows()[3][4] == "a gain" + measured(1.70, 1.7, 1.701)
-    pairs = [(1.70, 1.72, 1.71), (1.70, 1.7, 1.72), (1.70, 1.7, 1.701)]
-    gap = mean(abs(a - b) for values in pairs for a, b in combinations(values, 2))
+    assert night.rows()[3][4] == f"a gain{THREE_RUNS} (1.700000, 1.700000, 1.701000)"
+    # Three experiments have three runs, and so three pairs each.
+    gap = (0.02 + 0.01 + 0.01 + 0 + 0.02 + 0.02 + 0 + 0.001 + 0.001) / 9
     assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
