@@ -783,7 +783,7 @@ def score(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) 
 # hardware makes them differ, the tolerance of all other comparisons is four times that difference.
 
 NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
-WARM_UPS = 4  # calls before the comparisons: they fill a memory of the last few calls
+WARM_UPS = 4  # calls before the comparisons, so that a memory of the last few is full
 MAX_WOBBLE = 1 / 64  # the most that the same input may differ by, as a share of the largest logit
 
 
@@ -857,8 +857,8 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
         stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
     tolerance = 4 * wobble
 
-    # Other tokens after position t, then other tokens in other rows
-    for what, masks in (("later tokens", prefixes), ("other rows or earlier batches", stripes)):
+    # Other tokens in other rows, then other tokens after position t
+    for what, masks in (("other rows or earlier batches", stripes), ("later tokens", prefixes)):
         for kept in masks(*inputs.shape):
             kept = kept.to(inputs.device)
             gap = difference(torch.where(kept, inputs, others), kept)

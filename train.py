@@ -73,7 +73,7 @@ SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
 # initial values
 INIT_SCALE = by_scale(full=0.68, small=1.0)  # of the matrices that are not zero at first
-X0_INIT = by_scale(full=0.05, small=0.1)  # share of the embedding that every layer gets back
+X0_INIT = by_scale(full=0.05, small=0.1)  # weight of the embedding that every layer gets back
 
 # batch
 TOTAL_BATCH_SIZE = by_scale(full=2**18, small=2**13)  # tokens in one optimizer step
@@ -84,7 +84,7 @@ EMBEDDING_LR = by_scale(full=0.9, small=0.6)
 UNEMBEDDING_LR = by_scale(full=0.005, small=0.004)
 MATRIX_LR = 0.04
 X0_LR = 0.5
-RESID_LR = 0.005
+RESID_LR = 0.005  # also of what you add to a block that is not a matrix
 CONV_LR = 0.02
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
@@ -253,8 +253,8 @@ class CausalSelfAttention(nn.Module):
 
         # Value embeddings (arXiv 2410.17897), scaled for each head by a gate
         for gate, embedded in zip(self.ve_gates, value_embeds, strict=True):
-            share = 2 * torch.sigmoid(gate(x[..., : self.gate_channels]))  # (B, T, n_kv_head)
-            v = v + share.unsqueeze(-1) * embedded.view(B, T, self.n_kv_head, self.head_dim)
+            scale = 2 * torch.sigmoid(gate(x[..., : self.gate_channels]))  # (B, T, n_kv_head)
+            v = v + scale.unsqueeze(-1) * embedded.view(B, T, self.n_kv_head, self.head_dim)
 
         q = apply_rotary(norm(q), cos, sin)
         k = apply_rotary(norm(k), cos, sin)
@@ -321,7 +321,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """At first every block is the identity.
+        """At first every block is the identity. __init__ sets the lambdas and the taps.
 
         wte                            normal, standard deviation 1
         lm_head                        normal, standard deviation 0.001
@@ -820,6 +820,9 @@ def main() -> None:
     folder = os.path.dirname(os.path.abspath(SAVE or "."))
     if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(folder)):
         prepare.stop(f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder; name another one")
+    if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % N_KV_HEAD:
+        prepare.stop("HEAD_DIM must divide N_EMBD, and N_KV_HEAD the number of heads")
+    grad_accum_steps(DEVICE_BATCH_SIZE)  # a batch that does not divide shows before compiling
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its results do not repeat bitwise
@@ -828,7 +831,7 @@ def main() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD
     tokenizer = Tokenizer.from_directory()
-    make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN)  # bad data shows before compiling
+    make_dataloader(tokenizer, DEVICE_BATCH_SIZE, MAX_SEQ_LEN)  # so does bad data
 
     compiled = can_compile()
     device_name = DEVICE_NAME if compiled else f"{DEVICE_NAME}, eager"
@@ -839,6 +842,7 @@ def main() -> None:
     optimizer = MuonAdamW(raw_model.param_groups(), compiled)
     model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
     print(f"starting on {device_name}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}")
+    print("compiling and checking the model")
     B = fit_batch(model, optimizer, tokenizer)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()  # without the batches that did not fit

@@ -654,9 +654,10 @@ def test_a_parameter_that_nobody_would_train_is_named():
         model.param_groups()
 
 
-def test_a_vector_in_a_block_goes_to_adamw_and_a_matrix_to_muon():
+@pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 1, 16)])
+def test_a_vector_in_a_block_goes_to_adamw_and_a_matrix_to_muon(shape):
     model = GPT(small_config())
-    model.blocks[0].attn.scale = torch.nn.Parameter(torch.ones(4))
+    model.blocks[0].attn.scale = torch.nn.Parameter(torch.ones(shape))
     model.blocks[0].mlp.c_gate = train.Linear(64, 256)
     groups = model.param_groups()
     kinds = {id(p): group.get("kind", "adamw") for group in groups for p in group["params"]}
