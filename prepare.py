@@ -213,7 +213,8 @@ def download(url: str, part: Path) -> None:
         # The hub announces size and sha256 before it redirects to its storage.
         hops = (*response.history, response)
         hub = next((hop.headers for hop in hops if "X-Linked-Etag" in hop.headers), {})
-        size = int(hub.get("X-Linked-Size", 0))
+        rest = int(response.headers.get("Content-Length", 0))
+        size = int(hub.get("X-Linked-Size", have + rest if rest else 0))  # 0 where nobody says it
         sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
         bar = tqdm(total=size or None, initial=have, desc=part.stem, disable=None, **BYTES)
         with part.open("r+b" if have else "wb") as file, bar:
@@ -226,6 +227,8 @@ def download(url: str, part: Path) -> None:
     if got < size:
         raise ValueError(f"{got:,} bytes arrived of {size:,}")
     try:
+        if size and got > size:
+            raise ValueError(f"it has {got:,} bytes, and {size:,} were announced")
         if len(sha256) == 64 and file_hash(part) != sha256:
             raise ValueError("its sha256 is not the one that the hub announced")
         pq.ParquetFile(part)
@@ -305,9 +308,7 @@ def find_source(source: str, num_shards: int) -> Source:
     """The files of a source, downloaded if need be. Ends the process if there are none."""
     if source == "climbmix":
         shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
-        with ThreadPoolExecutor(
-            DOWNLOAD_THREADS
-        ) as pool:  # those under way complete when one fails
+        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # if one fails, those under way complete
             *train, val = pool.map(climbmix_shard, shards)
         return Source(source, train, [val])
     if source == "tinystories":
@@ -868,7 +869,8 @@ def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=
     # The first input once more, then the first and the last batch scored again. When logits move by
     # the tolerance at most, the nats of a token move by twice that at most.
     forgets = difference(inputs, everywhere) <= tolerance
-    for number in sorted({0, len(nats) - 1}) if nats else ():
+    first_and_last = {0, len(nats) - 1} if nats else set()
+    for number in first_and_last:
         again = score(model, number, batch_size, tokenizer)
         forgets &= abs(again - nats[number]) <= 2 * tolerance * inputs.numel()
     if not forgets:

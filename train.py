@@ -377,9 +377,7 @@ class GPT(nn.Module):
             return p.dim() == 2 and min(p.shape) > 1
 
         matrices = [p for p in self.blocks.parameters() if is_matrix(p)]
-        others = [
-            p for p in self.blocks.parameters() if not is_matrix(p)
-        ]  # none, until you add one
+        others = [p for p in self.blocks.parameters() if not is_matrix(p)]  # none at first
         taps = [self.conv_taps] if self.conv_taps is not None else []
         groups = [
             {"params": [self.lm_head.weight], "lr": UNEMBEDDING_LR * lr_scale},
@@ -555,7 +553,6 @@ def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
 
 # ---------------------------------------------------------------------------
 # Attention backends: the same function as sdpa_attention, but faster where they work
-
 
 QUERY_BLOCK = 128  # queries in one block
 

@@ -179,6 +179,7 @@ class Hub:
     "no range"   the hub sends the file from its beginning, wherever the client asked it to begin
     "truncated"  the hub announces the whole file and sends the first half, as if it were complete
     "sha256"     the hub announces the sha256 of another file
+    "too long"   the hub announces half of the bytes that it sends, and no sha256
     ""           there is no fault
     """
 
@@ -250,6 +251,9 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_file(data, start, limit=len(data) // 3)
         elif fault == "no range":
             self.send_file(data, start=0)
+        elif fault == "too long":
+            announced = {"X-Linked-Size": str(len(data) // 2), "X-Linked-Etag": '"first version"'}
+            self.reply(200, data, announced)
         elif fault == "truncated":
             self.reply(200, data[: len(data) // 2], announced)
         else:

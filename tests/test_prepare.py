@@ -484,6 +484,7 @@ def test_a_part_that_is_complete_or_rotten_is_not_trusted_but_mended(hub, cache)
         ("truncated", "bytes arrived of"),
         ("sha256", "sha256"),
         ("html", "no good"),
+        ("too long", "were announced"),
     ],
 )
 def test_a_lasting_fault_ends_in_one_sentence_and_keeps_the_rest(
