@@ -32,7 +32,9 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -40,11 +42,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 
@@ -627,7 +629,7 @@ def read_ahead(path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------
-# Clock and loader
+# Clock
 
 STARTUP_SECONDS = 600  # for one attempt to compile and to take the first steps
 HANG_SECONDS = 300  # beyond the budget, and for each batch of a check or an evaluation
@@ -639,29 +641,264 @@ def watch(seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
 
 
-class Clock:
-    """Counts from the first training batch that the process draws. Nothing sets it back."""
+@dataclass
+class Run:
+    """What the harness knows of the run in this process."""
 
-    def __init__(self):
-        self.start: float | None = None
-        self.last_draw = 0.0  # seconds on this clock
+    start: float | None = None  # of the clock, by monotonic()
+    last_look: float = 0.0  # seconds on the clock when train.py last read it
+    longest_step: float = 0.0  # seconds between two looks
+    tokens: int = 0  # drawn from the loader
+    untrained: tuple | None = None  # the model that was checked, until the clock starts
+    result: dict | None = None  # of evaluate_bpb
+
+
+run = Run()
+
+
+class Clock:
+    """Counts from the first training batch that the process draws. It can only be read."""
+
+    __slots__ = ()
 
     def elapsed(self) -> float:
         """Seconds since the first batch was drawn."""
-        return 0.0 if self.start is None else time.monotonic() - self.start
+        seconds = 0.0 if run.start is None else monotonic() - run.start
+        run.longest_step = max(run.longest_step, seconds - run.last_look)
+        run.last_look = seconds
+        return seconds
 
     def progress(self) -> float:
         """Share of the time budget that is spent, in [0, 1]."""
         return min(self.elapsed() / TIME_BUDGET, 1.0)
 
-    def draw(self) -> None:
-        if self.start is None:
-            self.start = time.monotonic()
-            watch(TIME_BUDGET + HANG_SECONDS)
-        self.last_draw = self.elapsed()
-
 
 clock = Clock()
+
+
+def training_seconds() -> float:
+    """Seconds that the training took. Ends the process if these are more than the budget.
+
+    A step that began in time may end late, so twice the longest step and a second are allowed, up
+    to 3% of the budget or 5 s. A step is what happens between two looks at the clock.
+    """
+    allowed = min(1 + 2 * run.longest_step, max(0.03 * TIME_BUDGET, 5))
+    if DEVICE != "cpu":
+        torch.accelerator.synchronize()
+    seconds = clock.elapsed()
+    if seconds > TIME_BUDGET + allowed:
+        took = f"the training took {seconds:.1f} s of a budget of {TIME_BUDGET:g} s"
+        stop(f"{took}; read the clock before every step, and lower TOTAL_BATCH_SIZE if one is long")
+    return seconds
+
+
+# ---------------------------------------------------------------------------
+# Scoring
+
+SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
+
+
+def own_tokenizer(theirs: Tokenizer) -> Tokenizer:
+    """The tokenizer that made the rows, read anew. Ends the process if theirs is another one."""
+    own = Tokenizer.from_directory()
+    if theirs.bpe.to_str() != own.bpe.to_str():
+        stop("this tokenizer is not the one that made the rows; use Tokenizer.from_directory()")
+    return own
+
+
+def val_batch(number: int, batch_size: int, bos: int, ahead: int = 0) -> torch.Tensor:
+    """Inputs (batch_size, MAX_SEQ_LEN) of a validation batch, or targets, which are 1 token ahead.
+
+    Rows of BOS fill the last batch, so that a compiled model sees one shape. BOS is no target.
+    """
+    rows = load_rows("val")[number * batch_size : (number + 1) * batch_size]
+    tokens = rows[:, ahead : ahead + MAX_SEQ_LEN].astype(np.int64)
+    filled = np.pad(tokens, ((0, batch_size - len(rows)), (0, 0)), constant_values=bos)
+    return torch.from_numpy(filled).to(DEVICE)
+
+
+def score(
+    model: nn.Module,
+    inputs: torch.Tensor,
+    number: int,
+    tokenizer: Tokenizer,
+    names: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model makes of the targets of validation batch `number` after these inputs (B, T).
+
+    Returns the cross-entropy of each target in nats, float32 (B, T), which is 0 for BOS, and a
+    checksum of the logits at each position, int64 (B, T). If the inputs have other names, so have
+    the targets. Ends the process if the model gives anything but finite logits.
+    """
+    watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
+    bos, expected = tokenizer.bos, (*inputs.shape, tokenizer.get_vocab_size())
+    logits = model(inputs.clone())  # a copy, which the model may change
+    # A subclass of Tensor could compute its own cross-entropy.
+    shape = tuple(logits.shape) if type(logits) is torch.Tensor else type(logits).__name__
+    if shape != expected:
+        stop(f"model(inputs) must give logits {expected}, but it gives {shape}")
+
+    # The targets are read only now: a model could find them in memory while it runs.
+    targets = val_batch(number, len(inputs), bos, ahead=1)
+    targets = targets if names is None else names[targets]
+    nats, checksums = [], []
+    n_rows = max(1, SLICE // logits[0].numel())
+    for z, y in zip(logits.split(n_rows), targets.split(n_rows), strict=True):
+        z = z.float().flatten(0, 1)
+        low, high = z.aminmax()
+        if not (low.isfinite() and high.isfinite()):
+            stop("the model gives logits that are not finite")
+        nats.append(cross_entropy(z, y.flatten(), ignore_index=bos, reduction="none"))
+        checksums.append(z.view(torch.int32).sum(-1))
+    return torch.cat(nats).view(inputs.shape), torch.cat(checksums).view(inputs.shape)
+
+
+# ---------------------------------------------------------------------------
+# Inspection: what a model must not do
+#
+# A logit may depend on the tokens up to its own position, and on nothing else. So we change what it
+# must not depend on, and compare. Two calls on the same input should agree in every bit, and then
+# so should the others. Where the hardware makes two calls differ, we compare the nats of the true
+# targets: each may differ by four times as much, but on average the change must not matter.
+
+NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
+WARM_UPS = 4  # calls before the comparisons, so that a memory of the last few is full
+MAX_WOBBLE = 1 / 16  # nats by which a token may differ when the same input comes twice
+MAX_GAIN = 0.01  # nats by which a change may matter on average, where two calls differ
+HEAD_START = 0.1  # nats of a token by which an untrained model may beat a uniform guess
+
+
+def replacement_tokens(inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """Tokens (B, T) that differ from the inputs everywhere.
+
+    Most are random. One in sixteen is BOS and one in sixteen repeats the input before it, to catch
+    a model that looks at the next token only in those cases.
+    """
+    vocab_size, device = tokenizer.get_vocab_size(), inputs.device
+    generator = torch.Generator(device).manual_seed(0)
+    distance = torch.randint(1, vocab_size, inputs.shape, generator=generator, device=device)
+    kind = torch.randint(16, inputs.shape, generator=generator, device=device)
+    random = (inputs + distance) % vocab_size
+    special = torch.where(kind == 0, tokenizer.bos, inputs.roll(1, 1))
+    return torch.where((kind <= 1) & (special != inputs), special, random)
+
+
+Masks = Iterator[tuple[torch.Tensor, torch.Tensor]]  # of the tokens kept, and of those judged
+
+
+def prefixes(B: int, T: int) -> Masks:
+    """Masks (B, T) that keep the beginning of each row and drop what follows.
+
+    Rows are cut at different positions, and every position is the last one kept in some mask. The
+    last token that is kept in a row is the one to judge, because the next one is new.
+    """
+    row, position = torch.arange(B)[:, None], torch.arange(T)
+    for first in range(0, T, B):
+        yield position <= first + row, position == first + row
+
+
+def stripes(B: int, T: int) -> Masks:
+    """Masks (B, T) that keep every other row, every other two rows, every other four, and so on.
+
+    Each mask is followed by its opposite. So for any two rows, some mask keeps only the first.
+    """
+    row, width = torch.arange(B)[:, None], 1
+    while width < B:
+        even = ((row // width) % 2 == 0).expand(B, T)
+        yield even, even
+        yield ~even, ~even
+        width *= 2
+
+
+def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
+    """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
+
+    Looks at one validation batch. Returns how far the nats of a token may differ by hardware.
+    """
+    inputs = val_batch(number, batch_size, tokenizer.bos)
+    others = replacement_tokens(inputs, tokenizer)
+    for _ in range(WARM_UPS):
+        base, base_checksums = score(model, inputs, number, tokenizer)
+
+    # The same input twice
+    nats, checksums = score(model, inputs, number, tokenizer)
+    exact = torch.equal(checksums, base_checksums)
+    wobble = (nats - base).abs().max().item()
+    if wobble > MAX_WOBBLE:
+        stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
+    tolerance = 0.0 if exact else 4 * max(wobble, 1e-6)  # float32 has no more digits
+
+    def compare(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the logits of these tokens are others, and by how many nats."""
+        nats, checksums = score(model, tokens, number, tokenizer)
+        gap = nats - base
+        return checksums != base_checksums if exact else gap.abs() > tolerance, gap
+
+    # Other tokens in other rows, then other tokens after position t
+    for what, masks in (("other rows or earlier batches", stripes), ("later tokens", prefixes)):
+        gains = [torch.zeros(1, device=inputs.device)]  # a batch of one row has no other rows
+        for kept, judged in masks(*inputs.shape):
+            kept, judged = kept.to(inputs.device), judged.to(inputs.device)
+            differs, gap = compare(torch.where(kept, inputs, others))
+            if (differs & kept).any():
+                stop(f"the logits depend on {what}")
+            gains.append(gap[judged])
+        if torch.cat(gains).mean().abs() > MAX_GAIN:
+            stop(f"the logits depend on {what}")
+
+    # The first input once more
+    differs, _ = compare(inputs)
+    if differs.any():
+        stop("the model carries state from one batch to the next")
+    return tolerance
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Inspect a model before the clock starts, so that a faulty one costs seconds and not minutes.
+
+    This adds noise to all trainable parameters, which the caller restores: a matrix that is still
+    zero would hide what lies behind it. When the clock starts, check_untrained looks at the model
+    again.
+    """
+    tokenizer = own_tokenizer(tokenizer)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    training = model.training
+    model.eval()
+    inspect_model(model, 0, batch_size, tokenizer)
+    model.train(training)
+    run.untrained = (model, batch_size, tokenizer)
+
+
+@torch.no_grad()
+def check_untrained(model: nn.Module, batch_size: int, tokenizer: Tokenizer) -> None:
+    """End the process if a model knows the text before the clock starts.
+
+    Then it beats a uniform guess, and does so no longer when all tokens have swapped their names. A
+    model that repeats what a row has shown needs no names, and may do that from the beginning.
+    """
+    inputs = val_batch(0, batch_size, tokenizer.bos)
+    names = torch.arange(tokenizer.get_vocab_size())
+    words = names[names != tokenizer.bos]
+    swapped = names.clone()
+    swapped[words] = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
+    training = model.training
+    model.eval()
+    nats = {}
+    for kind, new_names in (("own", names.to(DEVICE)), ("swapped", swapped.to(DEVICE))):
+        each, _ = score(model, new_names[inputs], 0, tokenizer, new_names)
+        nats[kind] = each[each != 0].mean().item()  # without BOS
+    no_better = min(nats["swapped"], math.log(len(names)))
+    if nats["own"] < no_better - HEAD_START:
+        found = f"{nats['own']:.2f} nats per token, where {no_better:.2f} are expected"
+        stop(f"the model knows the text before the clock starts ({found}); learn from batches only")
+    model.train(training)
+
+
+# ---------------------------------------------------------------------------
+# Loader
 
 
 @functools.cache  # all loaders of a process share one order
@@ -673,10 +910,12 @@ def row_order(n_rows: int) -> Iterator[tuple[int, int]]:
             yield epoch + 1, row
 
 
-def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """End the process if this is not the tokenizer that made the rows."""
-    if tokenizer.bpe.to_str() != Tokenizer.from_directory().bpe.to_str():
-        stop("this tokenizer is not the one that made the rows; use Tokenizer.from_directory()")
+def start_clock() -> None:
+    if run.untrained:
+        check_untrained(*run.untrained)
+        run.untrained = None  # the memory of a model that train.py no longer uses
+    run.start = monotonic()
+    watch(TIME_BUDGET + HANG_SECONDS)
 
 
 def copy_to_device(rows: np.ndarray) -> torch.Tensor:
@@ -691,7 +930,9 @@ def batches(rows: np.ndarray, B: int, T: int) -> Iterator:
     order = row_order(len(rows))
     copied = [torch.cuda.Event(), torch.cuda.Event()] if DEVICE == "cuda" else None
     for turn in itertools.count():
-        clock.draw()
+        if run.start is None:
+            start_clock()
+        run.tokens += B * T
         drawn = list(itertools.islice(order, B * T // MAX_SEQ_LEN))
         numbers = [number for _, number in drawn]
         epoch = drawn[-1][0]
@@ -715,7 +956,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
         stop("the loader gives training rows only; evaluate_bpb reads the validation rows itself")
     if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
         stop(f"{B} x {T} are no whole rows: T must divide {MAX_SEQ_LEN}, which must divide B x T")
-    check_tokenizer(tokenizer)
+    own_tokenizer(tokenizer)
     rows = load_rows("train")
     read_ahead(rows.filename)
     watch(STARTUP_SECONDS)
@@ -723,181 +964,30 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
 
 
 # ---------------------------------------------------------------------------
-# Scoring
-
-SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
-
-
-def val_batch(number: int, batch_size: int, bos: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets of a batch of validation rows, (batch_size, MAX_SEQ_LEN) each.
-
-    Copies of the last row fill the last batch, so that a compiled model sees one shape. Their
-    targets are BOS, which does not count.
-    """
-    rows = load_rows("val")[number * batch_size : (number + 1) * batch_size].astype(np.int64)
-    filled = np.pad(rows, ((0, batch_size - len(rows)), (0, 0)), mode="edge")
-    batch = torch.from_numpy(filled).to(DEVICE)
-    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].clone()
-    targets[len(rows) :] = bos
-    return inputs, targets
-
-
-def get_logits(model: nn.Module, inputs: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Logits (B, T, vocab_size) of inputs (B, T). Ends the process if the shape is another."""
-    watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
-    logits = model(inputs.clone())  # a copy, which the model may change
-    shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-    if shape != (*inputs.shape, vocab_size):
-        stop(f"model(inputs) must give logits {(*inputs.shape, vocab_size)}, but it gives {shape}")
-    return logits
-
-
-def in_slices(logits: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Slices along the batch of logits and of other tensors, with at most SLICE logits each."""
-    n_rows = max(1, SLICE // logits[0].numel())
-    return zip(*(tensor.split(n_rows) for tensor in (logits, *others)), strict=True)
-
-
-def score(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
-    """Nats of a validation batch: its cross-entropy, summed over all targets but BOS.
-
-    Ends the process if a logit is not finite.
-    """
-    inputs, targets = val_batch(number, batch_size, tokenizer.bos)
-    logits = get_logits(model, inputs, tokenizer.get_vocab_size())
-    nats = 0.0
-    for z, y in in_slices(logits, targets):
-        z = z.float().flatten(0, 1)
-        low, high = z.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            stop("the model gives logits that are not finite")
-        loss = F.cross_entropy(z, y.flatten(), ignore_index=tokenizer.bos, reduction="sum")
-        nats += loss.item()
-    return nats
-
-
-# ---------------------------------------------------------------------------
-# Inspection: what a model must not do
-#
-# A logit may depend on the tokens up to its own position, and on nothing else. So we change what it
-# must not depend on, and compare. Two calls on the same input should agree in every bit. Where the
-# hardware makes them differ, the tolerance of all other comparisons is four times that difference.
-
-NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
-WARM_UPS = 4  # calls before the comparisons, so that a memory of the last few is full
-MAX_WOBBLE = 1 / 64  # the most that the same input may differ by, as a share of the largest logit
-
-
-def replacement_tokens(inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
-    """Tokens (B, T) that differ from the inputs everywhere.
-
-    Most are random. One in sixteen is BOS and one in sixteen repeats the input before it, to catch
-    a model that looks at the next token only in those cases.
-    """
-    vocab_size, device = tokenizer.get_vocab_size(), inputs.device
-    generator = torch.Generator(device).manual_seed(0)
-    distance = torch.randint(1, vocab_size, inputs.shape, generator=generator, device=device)
-    kind = torch.randint(16, inputs.shape, generator=generator, device=device)
-    random = (inputs + distance) % vocab_size
-    special = torch.where(kind == 0, tokenizer.bos, inputs.roll(1, 1))
-    return torch.where((kind <= 1) & (special != inputs), special, random)
-
-
-def prefixes(B: int, T: int) -> Iterator[torch.Tensor]:
-    """Masks (B, T) that keep the beginning of each row and drop what follows.
-
-    Rows are cut at different positions, and every position is the last one kept in some mask.
-    """
-    row, position = torch.arange(B)[:, None], torch.arange(T)
-    for first in range(0, T, B):
-        yield position <= first + row
-
-
-def stripes(B: int, T: int) -> Iterator[torch.Tensor]:
-    """Masks (B, T) that keep every other row, every other two rows, every other four, and so on.
-
-    Each mask is followed by its opposite. So for any two rows, some mask keeps only the first.
-    """
-    row, width = torch.arange(B)[:, None], 1
-    while width < B:
-        even = (row // width) % 2 == 0
-        yield even.expand(B, T)
-        yield ~even.expand(B, T)
-        width *= 2
-
-
-def inspect_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int, nats=()) -> None:
-    """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
-
-    `nats` are the scores of all validation batches, if there are any.
-    """
-    inputs, _ = val_batch(0, batch_size, tokenizer.bos)
-    others = replacement_tokens(inputs, tokenizer)
-    vocab_size = tokenizer.get_vocab_size()
-    for _ in range(WARM_UPS):
-        base = get_logits(model, inputs, vocab_size)
-    base = base.clone()
-    everywhere = torch.ones_like(inputs, dtype=torch.bool)
-
-    def difference(tokens: torch.Tensor, kept: torch.Tensor) -> float:
-        """Largest difference from the base logits at the positions that are kept."""
-        logits = get_logits(model, tokens, vocab_size)
-        gaps = []
-        for z, z_base, keep in in_slices(logits, base, kept):
-            gap = (z.float() - z_base.float()).norm(math.inf, dim=-1)  # (rows, T), largest by token
-            gaps.append((gap * keep).amax())  # NaN and infinity stay visible where keep is 0
-        largest = torch.stack(gaps).max().item()
-        if not math.isfinite(largest):
-            stop("the model gives logits that are not finite")
-        return largest
-
-    # The same input twice
-    wobble = difference(inputs, everywhere)
-    largest_logit = max(base.amax().item(), -base.amin().item())
-    if wobble > min(1, MAX_WOBBLE * largest_logit):  # one far logit must not license randomness
-        stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
-    tolerance = 4 * wobble
-
-    # Other tokens in other rows, then other tokens after position t
-    for what, masks in (("other rows or earlier batches", stripes), ("later tokens", prefixes)):
-        for kept in masks(*inputs.shape):
-            kept = kept.to(inputs.device)
-            gap = difference(torch.where(kept, inputs, others), kept)
-            if gap > tolerance:
-                stop(f"the logits depend on {what} (by {gap:.2g})")
-
-    # The first input once more, then the first and the last batch scored again. When logits move by
-    # the tolerance at most, the nats of a token move by twice that at most.
-    forgets = difference(inputs, everywhere) <= tolerance
-    first_and_last = {0, len(nats) - 1} if nats else set()
-    for number in first_and_last:
-        again = score(model, number, batch_size, tokenizer)
-        forgets &= abs(again - nats[number]) <= 2 * tolerance * inputs.numel()
-    if not forgets:
-        stop("the model carries state from one batch to the next")
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
-    """Inspect a model before the clock starts, so that a faulty one costs seconds and not minutes.
-
-    This adds noise to all trainable parameters, which the caller restores: a matrix that is still
-    zero would hide what lies behind it.
-    """
-    check_tokenizer(tokenizer)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
-    training = model.training
-    model.eval()
-    inspect_model(model, tokenizer, batch_size)
-    model.train(training)
-
-
-# ---------------------------------------------------------------------------
 # Metric: bits per byte
 
-LATEST_DRAW = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a later batch voids the run
+
+def harness_digest(tokenizer: Tokenizer) -> str:
+    """12 hex digits over all that gives val_bpb its meaning. Two values compare if these agree."""
+    parts = [CODE_HASH, TIME_BUDGET, tokenizer.bpe.to_str(), dataset()[1]["key"]]
+    text = json.dumps(parts).encode()
+    return hashlib.sha256(text + load_rows("val").tobytes()).hexdigest()[:12]
+
+
+def definitions() -> dict:
+    """Each name of this file with what it stands for, and with its code if it is a function."""
+    found = {name: value for name, value in globals().items() if name != "AS_IMPORTED"}
+    for cls in (Tokenizer, Run, Clock):
+        found |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items()}
+    return {name: (value, getattr(value, "__code__", None)) for name, value in found.items()}
+
+
+def check_harness() -> None:
+    """End the process if something in this file was replaced since the import."""
+    now = definitions()
+    for name, (value, code) in AS_IMPORTED.items():
+        if name not in now or now[name][0] is not value or now[name][1] is not code:
+            stop(f"{name} of prepare.py was replaced, so the run has no val_bpb; leave it as it is")
 
 
 @torch.no_grad()
@@ -909,29 +999,48 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     of text that these tokens stand for, and by ln 2 for bits. BOS counts in neither sum.
 
     model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
-    batch size. Ends the process for a run that drew batches after LATEST_DRAW, for logits that are
-    not finite, and for a model that inspect_model refuses.
+    batch size. Ends the process if the training took too long, if it was evaluated before, if a
+    logit is not finite, if inspect_model refuses the model, or if the harness was changed.
     """
-    if clock.last_draw > LATEST_DRAW:
-        late = f"a batch was drawn {clock.last_draw:.1f} s into a budget of {TIME_BUDGET:g} s"
-        stop(f"{late}; stop in time")
-    check_tokenizer(tokenizer)
+    seconds = training_seconds()
+    if run.start is not None and run.result is not None:
+        stop("evaluate_bpb was called before; call it once, when the training is over")
+    tokenizer = own_tokenizer(tokenizer)
     training = model.training
     model.eval()
-    rows = load_rows("val")
-    n_batches = math.ceil(len(rows) / batch_size)
-    nats = [score(model, number, batch_size, tokenizer) for number in range(n_batches)]
-    inspect_model(model, tokenizer, batch_size, nats)
+    n_batches = math.ceil(len(load_rows("val")) / batch_size)
+    inspected = np.random.default_rng().integers(n_batches)  # the model cannot know which
+    nats = []
+    for number in [*range(n_batches), 0, n_batches - 1]:  # the first and the last one twice
+        inputs = val_batch(number, batch_size, tokenizer.bos)
+        nats.append(score(model, inputs, number, tokenizer)[0].sum().item())
+        if len(nats) == inspected + 1:
+            tolerance = inspect_model(model, number, batch_size, tokenizer)
+    *nats, first_again, last_again = nats
+    largest_change = max(abs(first_again - nats[0]), abs(last_again - nats[-1]))
+    if largest_change > tolerance * inputs.numel():
+        stop("the model carries state from one batch to the next")
     model.train(training)
-    total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
-    return sum(nats) / (math.log(2) * total_bytes)
+    total_bytes = int(tokenizer.token_bytes()[load_rows("val")[:, 1:]].sum())
+    bpb = sum(nats) / (math.log(2) * total_bytes)
+    check_harness()
+    run.result = {
+        "val_bpb": f"{bpb:.6f}",
+        "training_seconds": f"{seconds:.1f}",
+        "total_tokens_M": f"{run.tokens / 1e6:.1f}",
+        "source": dataset()[1]["source"],
+        "harness": harness_digest(tokenizer),
+    }
+    return bpb
 
 
-def harness_digest(tokenizer: Tokenizer) -> str:
-    """12 hex digits over all that gives val_bpb its meaning. Two values compare if these agree."""
-    parts = [CODE_HASH, TIME_BUDGET, tokenizer.bpe.to_str(), dataset()[1]["key"]]
-    text = json.dumps(parts).encode()
-    return hashlib.sha256(text + load_rows("val").tobytes()).hexdigest()[:12]
+def print_summary(rest: dict) -> None:
+    """Print the summary of a run: what evaluate_bpb has measured, and the rest after it."""
+    if run.result is None:
+        stop("there is no result to print; call evaluate_bpb first")
+    print("---")
+    for key, value in (run.result | rest | run.result).items():  # the harness's values count
+        print(f"{key + ':':<17} {value}")
 
 
 # ---------------------------------------------------------------------------
@@ -971,6 +1080,8 @@ def main() -> None:
         print(f"{split:<10} {meta[f'{split}_rows']:,} rows of {SCALES[args.scale].seq_len} tokens")
     print(f"ready      {folder.name}; next: uv run train.py")
 
+
+AS_IMPORTED = definitions()
 
 if __name__ == "__main__":
     main()

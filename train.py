@@ -849,34 +849,29 @@ def main() -> None:
     steps, epoch = train_loop(model, optimizer, batches, grad_accum_steps(B))
     training_seconds = clock.elapsed()
     print("evaluating")
-    val_bpb = evaluate_bpb(model, tokenizer, B)
+    evaluate_bpb(model, tokenizer, B)
     eval_seconds = clock.elapsed() - training_seconds
     try:
         print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that cannot take a short text keeps its score
         print(f"sample: none ({prepare.reason(error)})")
 
-    tokens = steps * TOTAL_BATCH_SIZE
-    mfu = mfu_percent(tokens * raw_model.flops_per_token(), training_seconds)
-    n_params = sum(p.numel() for p in raw_model.parameters())
-    print("---")
-    print(f"val_bpb:          {val_bpb:.6f}")
-    print(f"training_seconds: {training_seconds:.1f}")
-    print(f"total_seconds:    {time.time() - STARTED:.1f}")
-    print(f"peak_vram_mb:     {peak_memory_mb():.1f}")
-    print(f"mfu_percent:      {mfu}")
-    print(f"total_tokens_M:   {tokens / 1e6:.1f}")
-    print(f"num_steps:        {steps}")
-    print(f"num_params_M:     {n_params / 1e6:.1f}")
-    print(f"depth:            {config.n_layer}")
-    print(f"startup_seconds:  {startup_seconds:.1f}")
-    print(f"eval_seconds:     {eval_seconds:.1f}")
-    print(f"seed:             {SEED}")
-    print(f"device:           {device_name}")
-    print(f"attention:        {attention}")
-    print(f"source:           {prepare.dataset()[1]['source']}")
-    print(f"epochs:           {epoch}")
-    print(f"harness:          {prepare.harness_digest(tokenizer)}")
+    flops = steps * TOTAL_BATCH_SIZE * raw_model.flops_per_token()
+    summary = {
+        "total_seconds": f"{time.time() - STARTED:.1f}",
+        "peak_vram_mb": f"{peak_memory_mb():.1f}",
+        "mfu_percent": mfu_percent(flops, training_seconds),
+        "num_steps": steps,
+        "num_params_M": f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f}",
+        "depth": config.n_layer,
+        "startup_seconds": f"{startup_seconds:.1f}",
+        "eval_seconds": f"{eval_seconds:.1f}",
+        "seed": SEED,
+        "device": device_name,
+        "attention": attention,
+        "epochs": epoch,
+    }
+    prepare.print_summary(summary)  # with val_bpb, which only the harness reports
     if SAVE:
         try:
             saved = {"config": asdict(config), "model": raw_model.state_dict()}

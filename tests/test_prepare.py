@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -648,7 +649,7 @@ def test_targets_are_the_inputs_one_token_on(tiny):
 
 def start_anew():
     """Forget the clock and the rows that were drawn, as a new process does."""
-    prepare.clock = prepare.Clock()
+    prepare.run = prepare.Run()
     prepare.row_order.cache_clear()
 
 
@@ -698,9 +699,9 @@ def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
     rows = drawn(one, 3)
     start_anew()
     rows_again = drawn(make_dataloader(tokenizer, 4, 32, "train"), 1)
-    start = prepare.clock.start
+    start = prepare.run.start
     rows_again += drawn(make_dataloader(tokenizer, 8, 32, "train"), 1)
-    assert rows == rows_again and prepare.clock.start == start
+    assert rows == rows_again and prepare.run.start == start
 
 
 @pytest.mark.parametrize(
@@ -735,7 +736,7 @@ def test_the_rows_are_read_into_memory_before_the_first_batch(tiny):
         if thread.name == "read ahead":
             thread.join()
     resident, pages = resident_pages(path)
-    assert resident == pages and prepare.clock.start is None
+    assert resident == pages and prepare.run.start is None
 
 
 @CUDA
@@ -766,7 +767,7 @@ def test_the_clock_starts_with_the_first_batch(tiny):
     after = prepare.clock.elapsed()
     rounding = 1 + 1e-9
     assert 0.05 <= before <= seconds * rounding and seconds <= after * rounding
-    prepare.clock.start -= 400
+    prepare.run.start -= 400
     assert prepare.clock.progress() == 1 and prepare.clock.elapsed() > 400
 
 
@@ -834,22 +835,26 @@ def test_the_early_check_sees_through_a_projection_that_is_still_zero(tiny, name
         check_model(Cheat(CHEATS[name], hidden=True), Tokenizer.from_directory(), 8)
 
 
-def test_a_memory_that_wakes_up_after_the_probes_is_refused(tiny):
-    # The harness calls the model for
-    # - 5 batches of 8 rows, to score all 40 rows
-    # - the warm-ups, and once more to compare two calls on the same input
-    # - 4 prefixes, because each has 8 rows, cut at 8 of the 32 positions
-    # - 6 stripes, of one, two and four rows, each with its opposite
-    # - the first input again
-    # before it scores the first and the last batch again.
-    calls_before = 5 + (prepare.WARM_UPS + 1) + 4 + 6 + 1
+@pytest.mark.parametrize("inspected", [0, 2, 4])
+def test_a_model_that_changes_after_any_call_is_refused(tiny, monkeypatch, inspected):
+    tokenizer = Tokenizer.from_directory()
+    monkeypatch.setattr(
+        np.random, "default_rng", lambda: SimpleNamespace(integers=lambda n: inspected)
+    )
 
-    def sharpen_late(model, logits, x):
-        model.seen.append(x)
-        return logits * 1.1 if len(model.seen) > calls_before else logits
+    def calls_of(last_honest_call):
+        def sharpen_late(model, logits, x):
+            model.seen.append(x)
+            return logits * 1.1 if len(model.seen) > last_honest_call else logits
 
-    with pytest.raises(SystemExit, match="carries state"):
-        evaluate_bpb(Cheat(sharpen_late), Tokenizer.from_directory(), 8)
+        model = Cheat(sharpen_late)
+        evaluate_bpb(model, tokenizer, 8)
+        return len(model.seen)
+
+    n_calls = calls_of(math.inf)
+    for last_honest_call in range(1, n_calls):
+        with pytest.raises(SystemExit, match="carries state|other logits|depend on"):
+            calls_of(last_honest_call)
 
 
 def test_a_memory_that_only_new_rows_enter_is_refused(tiny):
@@ -937,33 +942,41 @@ def test_a_little_nondeterminism_of_the_hardware_is_allowed(tiny):
     assert evaluate_bpb(shaky, tokenizer, 8) == pytest.approx(steady, rel=1e-4)
 
 
-def test_a_run_that_draws_batches_long_after_its_budget_is_refused(tiny, monkeypatch):
+@pytest.mark.parametrize(
+    "step, late, refused",
+    [(1, 0, False), (1, 2.9, False), (1, 3.1, True), (60, 8.9, False), (60, 9.1, True)],
+)
+def test_a_run_may_be_late_by_what_one_step_needs(tiny, monkeypatch, step, late, refused):
+    now = 1000.0
+    monkeypatch.setattr(prepare, "monotonic", lambda: now)
     tokenizer = Tokenizer.from_directory()
     loader = make_dataloader(tokenizer, 2, 32, "train")
-    next(loader)
-    prepare.clock.start -= 305
-    next(loader)
-    assert math.isfinite(evaluate_bpb(Toy(), tokenizer, 8))
-    prepare.clock.start -= 8
-    next(loader)
-    with pytest.raises(SystemExit, match=r"31\d\.\d s into a budget of 300 s"):
-        evaluate_bpb(Toy(), tokenizer, 8)
+    while prepare.clock.progress() < 1:
+        next(loader)
+        now += step  # 300 s are a whole number of steps.
+    now += late
+    if refused:
+        with pytest.raises(SystemExit, match=r"took 30\d\.\d s of a budget of 300 s"):
+            evaluate_bpb(Toy(), tokenizer, 8)
+    else:
+        assert math.isfinite(evaluate_bpb(Toy(), tokenizer, 8))
 
 
 @pytest.mark.parametrize("B, T", [(1, 8), (2, 8), (5, 16), (64, 32), (128, 32)])
 def test_every_position_is_the_last_one_that_some_prefix_keeps(B, T):
     lengths = set()
-    for mask in prepare.prefixes(B, T):
-        assert mask.shape == (B, T)
-        for row in mask.tolist():
+    for kept, judged in prepare.prefixes(B, T):
+        assert kept.shape == judged.shape == (B, T)
+        for row, last in zip(kept.tolist(), judged.tolist(), strict=True):
             assert row == sorted(row, reverse=True)  # All that is kept comes first.
             lengths.add(sum(row))
+            assert sum(row) == T or [t for t in range(T) if last[t]] == [sum(row) - 1]
     assert lengths >= set(range(1, T + 1))
 
 
 @pytest.mark.parametrize("B", [1, 2, 3, 5, 16, 64, 100])
 def test_of_any_two_rows_some_stripes_keep_the_first_without_the_second(B):
-    masks = list(prepare.stripes(B, 4))
+    masks = [kept for kept, _ in prepare.stripes(B, 4)]
     assert all(mask.shape == (B, 4) and mask.eq(mask[:, :1]).all() for mask in masks)
     for i in range(B):
         for j in range(B):
