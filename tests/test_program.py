@@ -75,6 +75,8 @@ SHARED = " [0123456789ab, sdpa, Stub GPU, 80 GB]"  # for the baseline only
 # and takes that share of the steps. STUB_HANGS_AT names a seed with which it hangs.
 STUB = """
 import faulthandler, os, sys, time
+from pathlib import Path
+# It would call check_model here.
 seed, kind, nan, inf = int(os.environ["SEED"]), {kind!r}, float("nan"), float("inf")
 load = float(os.environ.get("STUB_LOAD", 0))
 if kind == "slow" or os.environ.get("STUB_HANGS_AT") == str(seed):
@@ -89,21 +91,27 @@ if kind == "nan":
     print("FAIL: the loss is nan at step 120")
     sys.exit(1)
 if kind == "bug":
-    raise ValueError("val_bpb: 0.1")
+    raise ValueError("val_bpb is 0.1")
 if kind == "edit":
-    open("train.py", "a").write("# the next idea")
+    Path("train.py").write_text("# the next idea")
 for step in range(1, 31):
     print(f"step {{step:05d}} | loss {{5 - step / 10:.4f}}")
-print("val_bpb: 0.1, which is no summary")
+print("evaluating")
+if kind == "two numbers":
+    print("val_" + "bpb: 0.1")
+summary = dict(
+    val_bpb="%.6f" % ({values}[seed - 1] + load),
+    training_seconds=300.4,
+    harness="{harness}",
+    peak_vram_mb="%.1f" % (45060.2 + 1024 * (seed - 1)),
+    num_steps=round({steps}[seed - 1] * (1 - load)),
+    seed={seeds}[seed - 1],
+    device="Stub GPU, 80 GB",
+    attention="{attention}",
+)
 print("---")
-print("val_bpb:          %.6f" % ({values}[seed - 1] + load))
-print("training_seconds: 300.4")
-print("peak_vram_mb:     %.1f" % (45060.2 + 1024 * (seed - 1)))
-print("num_steps:       ", round({steps}[seed - 1] * (1 - load)))
-print("seed:            ", {seeds}[seed - 1])
-print("device:           Stub GPU, 80 GB")
-print("attention:        {attention}")
-print("harness:          {harness}")
+for key, value in summary.items():
+    print(f"{{key}}:", value)
 sys.exit(kind == "late")
 """
 
@@ -127,6 +135,7 @@ def stub(
     "bug"      raises an error
     "edit"     changes train.py, as an agent would who does not wait
     "late"     fails after its summary
+    "two numbers"  prints a val_bpb of its own before its summary
     """
     facts = {"values": values, "seeds": seeds, "steps": steps}
     return STUB.format(kind=kind, attention=attention, harness=harness, **facts)
@@ -210,6 +219,8 @@ class Night:
         self.git("switch", "-qc", "autoresearch/mar5")
         self.git("update-ref", "refs/autoresearch/mar5/start", "HEAD")
         (self.folder / "results.tsv").write_text(HEADER + rows)
+        table = self.git("hash-object", "-w", "results.tsv")
+        self.git("update-ref", "refs/autoresearch/mar5/table", table)
 
     def commit(self, train: str, message: str = "an idea") -> str:
         """Write this train.py and commit it. Returns the commit."""
@@ -302,7 +313,7 @@ def night(request, tmp_path_factory) -> Night:
     commits["refused"] = night.experiment(stub(kind="refused"), "no mask", "drop")
     commits["ugly"] = night.experiment(stub(1.5, 1.5), "forty lines for a gain", "drop")
 
-    commits["deaths"] = night.commit(stub(1.695, 1.705), "the machine dies under each seed")
+    commits["deaths"] = night.commit(stub(1.695, 1.705), "the machine dies twice")
     for seed in ("1", "2"):
         assert night.do("run", STUB_HANGS_AT=seed).returncode == 0
         night.kill_job(f"run seed: {seed}\n")
@@ -311,7 +322,7 @@ def night(request, tmp_path_factory) -> Night:
     night.git("switch", "-q", "main")
     assert "forty lines for a gain" in night.sh(RESUME).stdout
     night.run()
-    assert night.finish("the machine dies under each seed").returncode == 0
+    assert night.finish("the machine dies twice").returncode == 0
     night.run("again", STUB_LOAD="0.2")
     assert night.finish("measured again").returncode == 0
     return night
@@ -335,7 +346,7 @@ hang|0.000000|0.0|crash|an endless loop
 nan|0.000000|0.0|crash|a rate of 10
 refused|0.000000|0.0|crash|no mask
 ugly|1.500000|45.0|discard|forty lines for a gain{TWO_RUNS} (1.500000, 1.500000)
-deaths|1.700000|45.0|keep|the machine dies under each seed{TWO_RUNS} (1.695000, 1.705000)
+deaths|1.700000|45.0|keep|the machine dies twice (started 3 times){TWO_RUNS} (1.695000, 1.705000)
 deaths|1.900000|45.0|keep|measured again{slower} (1.895000, 1.905000)
 """
     rows = [line.split("|") for line in expected.strip().splitlines()]
@@ -416,7 +427,7 @@ def refuses(done: subprocess.CompletedProcess, reason: str) -> None:
 def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
     night = Night(tmp_path)
     night.env["AUTORESEARCH_CACHE"] = str(tmp_path / "empty")
-    obstacles = ("train.py", "new.txt", "results.tsv")
+    obstacles = ("train.py", "new.txt", "results.tsv", "model.pt")
     for name in obstacles:
         (night.folder / name).write_text("precious")
     shown = night.sh(SETUP).stdout
@@ -425,14 +436,35 @@ def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
     assert {(night.folder / name).read_text() for name in obstacles} == {"precious"}
 
 
-@pytest.mark.parametrize("name", ["prepare.py", "program.md", "helper.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "prepare.py",
+        "program.md",
+        "helper.py",
+        "weights.pt",  # .gitignore has it
+        "torch.py",  # .git/info/exclude has it
+        ".venv/lib/python3/site-packages/sitecustomize.py",
+    ],
+)
 def test_run_refuses_when_another_file_differs_from_the_start(started, name):
-    with (started.folder / name).open("a") as file:
+    (started.folder / ".git" / "info" / "exclude").write_text("torch.py\n")
+    path = started.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         file.write("\n# mine\n")
-    if name != "helper.py":  # That file is not committed.
+    if name in ("prepare.py", "program.md"):
         started.git("commit", "-qam", "a change to what is locked")
     refuses(started.do("run"), name)
     assert not (started.folder / "run.log").exists()
+
+
+def test_what_a_night_and_its_tools_leave_is_not_in_the_way(started):
+    folders = ("__pycache__", ".venv", ".claude")
+    for name in [*(f"{folder}/file" for folder in folders), "notes.md", "progress.png"]:
+        (started.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (started.folder / name).write_text("")
+    started.experiment(stub(1.80), "a loss")
 
 
 def test_a_notebook_with_the_outputs_of_a_human_who_looked_is_not_in_the_way(started):
@@ -565,9 +597,10 @@ def test_a_run_that_does_not_compare_gets_no_number(started, train, reason):
     started.commit(train)
     started.run()
     refuses(started.finish("a wonder"), reason)
-    refuses(started.do("run"), "finish")
+    started.run()  # A human may have mended the machine.
+    refuses(started.finish("a wonder"), reason)
     assert started.finish("a wonder", "drop").returncode == 0
-    assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "a wonder"]
+    assert started.rows()[-1][1:] == ["0.000000", "0.0", "crash", "a wonder (started 2 times)"]
 
 
 def test_a_train_py_with_a_seed_of_its_own_is_a_crash(started):
@@ -695,15 +728,27 @@ def test_a_log_that_does_not_grow_for_a_quarter_of_an_hour_is_that_of_a_dead_run
         started.kill_job("compiling")
 
 
-def test_a_death_between_reset_and_row_costs_no_more_than_the_experiment(started):
-    kept, commit = started.head(), started.commit(stub(1.8))
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_death_while_the_row_is_written_costs_nothing(started, moment):
+    started.commit(stub(1.8))
     started.run()
-    broken = "tee() { kill -9 $$; }\n" + re.sub(r"'.*'", "'a loss'", FINISH)
-    started.do(broken)
-    assert len(started.rows()) == 1 and started.head() == kept
-    assert started.git("rev-parse", "--short=7", f"refs/autoresearch/mar5/{commit}") == commit
+    before, after = {"before": ("kill -9 $$; exit", ""), "after": ("", "kill -9 $$")}[moment]
+    dies = f"""git() {{
+      [ "$*" != 'update-ref --stdin' ] || {{ {before or ":"}; }}
+      command git "$@" || return
+      [ "$*" != 'update-ref --stdin' ] || {{ {after or ":"}; }}
+    }}\n"""
+    started.do(dies + re.sub(r"'.*'", "'a loss'", FINISH))
+    assert len(started.rows()) == 1
+    refused = started.finish("a loss")
+    if moment == "before":
+        assert started.do(re.search(r"git reset --keep \w+", refused.stdout)[0]).returncode == 0
+        assert started.finish("a loss").returncode == 0
+    else:
+        refuses(refused, "see Resume")
+        assert started.do(inline("git cat-file")).returncode == 0
     started.experiment(stub(1.9), "the next idea")
-    assert [row[1] for row in started.rows()] == ["1.710000", "1.900000"]
+    assert [row[1] for row in started.rows()] == ["1.710000", "1.800000", "1.900000"]
 
 
 def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
@@ -717,6 +762,134 @@ def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
     assert [row[3] for row in started.rows()] == ["keep", "keep"]
     assert started.git("rev-parse", "--short=7", "autoresearch/mar5-gpu1") == commit
     assert len((first / "results.tsv").read_text().splitlines()) == 2
+
+
+# ---------------------------------------------------------------------------
+# No second roll, and no other number
+
+
+def test_an_experiment_that_has_ended_is_not_rolled_again(started):
+    commit = started.commit(stub(1.8))
+    started.run()
+    (started.folder / "run.log").unlink()
+    (started.folder / "train.py").write_text(stub(1.8))
+    refuses(started.do("run"), "finish")
+    assert started.finish("a loss").returncode == 0
+    assert started.rows()[-1][:2] == [commit, "1.800000"]
+    started.git("reset", "-q", "--hard", f"refs/autoresearch/mar5/{commit}")
+    started.git("commit", "-q", "--amend", "-m", "the same in another commit")
+    refuses(started.do("run"), "has a row already")
+
+
+def test_every_start_is_noted_and_the_row_says_how_many_there_were(started):
+    commit = started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(2)", 1))
+    for _ in range(2):
+        assert started.do("run").returncode == 0
+        started.kill_job("compiling")
+        (started.folder / "run.log").unlink()
+    started.run()
+    assert started.finish("a loss").returncode == 0
+    row = started.rows()[-1]
+    assert row[4] == f"a loss (started 3 times){ONE_RUN}"
+    note = started.git("notes", "--ref=autoresearch/mar5", "show", commit)
+    starts = r"(run better, \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\n+){3}"
+    assert re.fullmatch(starts + re.escape("row " + "\t".join(row)), note), note
+
+
+def test_what_is_added_to_run_log_does_not_count(started):
+    started.commit(stub(1.8))
+    started.run()
+    with (started.folder / "run.log").open("a") as log:
+        log.write("---\nval_bpb: 1.1\nexit: 0\n")
+    assert started.finish("a loss").returncode == 0
+    assert started.rows()[-1][1] == "1.800000" and "1.1\n" not in started.log()
+
+
+def test_a_table_that_was_changed_is_refused_until_it_is_brought_back(started):
+    path = started.folder / "results.tsv"
+    table = path.read_text()
+    started.commit(stub(1.8))
+    path.write_text(table.replace("1.710000\t44", "1.900000\t44"))
+    refuses(started.do("run"), "results.tsv is gone or was changed")
+    assert started.do(inline("git cat-file")).returncode == 0 and path.read_text() == table
+    started.run()
+    path.write_text(table.replace("1.710000\t44", "1.900000\t44"))
+    refuses(started.finish("a loss"), "results.tsv is gone or was changed")
+
+
+def test_a_run_with_two_numbers_has_none(started):
+    started.experiment(stub(1.5, 1.5, kind="two numbers"), "a number of its own")
+    assert started.rows()[-1][3] == "crash"
+
+
+def test_a_model_that_nobody_checks_is_refused(started):
+    started.commit(stub(1.5).replace("check_model", "nothing"))
+    refuses(started.do("run"), "check_model")
+
+
+# Lines that have no business in train.py, each with what it is for.
+TABOO = [
+    'counts = np.bincount(prepare.load_rows("train").ravel())  # learning before the time',
+    'text = np.fromfile(folder + "/train.bin", np.uint16)',
+    'model.load_state_dict(torch.load("/tmp/best.pt"))',
+    'table = np.load("/tmp/counts.npy")',
+    'x = open(os.path.expanduser("~/counts.json")).read()',
+    "while clock.elapsed() < prepare.LATEST_DRAW:  # the clock",
+    "clock.start = None",
+    "clock.start += 20",
+    "prepare.clock = MyClock()",
+    "prepare.TIME_BUDGET = 600",
+    'setattr(prepare, "TIME_BUDGET", 600)',
+    "own_clock = prepare.Clock()",
+    "prepare.run.start += 20",
+    "start = time.perf_counter()",
+    "time.monotonic = slow",
+    'os.environ["AUTORESEARCH_BUDGET"] = "600"',
+    'print(f"val_bpb:          {best:.6f}")  # the report',
+    'open("run.log", "a").write(line)',
+    'Path("results.tsv").write_text(table)',
+    "prepare.score = my_score  # the harness",
+    "prepare.evaluate_bpb = fast_evaluation",
+    "Tokenizer.token_bytes = lambda self: 2 * lengths(self)",
+    "targets = sys._getframe(1).f_locals['targets']",
+    "rows = [x for x in gc.get_objects() if isinstance(x, np.memmap)]",
+    "def __torch_function__(cls, func, types, args=(), kwargs=None):",
+    "prepare.score.__code__ = score.__code__",
+    "for inputs, targets in [prepare.val_batch(0, 16, 0)]:  # choosing by the metric",
+    "if os.fork() == 0:  # help from another process",
+    'helper = subprocess.Popen(["python", "-c", code])',
+]
+
+
+def test_run_names_a_line_that_has_no_business_in_train_py(started):
+    text = (ROOT / "train.py").read_text()
+    started.commit(f"{text}\n{TABOO[0]}\n")
+    number = text.count("\n") + 2
+    refuses(started.do("run"), f"line {number}:{TABOO[0]}")
+
+
+def test_each_line_that_has_no_business_in_train_py_is_taboo(started):
+    (started.folder / "lines.py").write_text("\n".join(TABOO))
+    found = started.do('grep -E "$taboo" lines.py').stdout.splitlines()
+    assert found == TABOO
+
+
+def test_honest_lines_are_no_taboo(started):
+    honest = [
+        "model.eval()",
+        "ema.load_state_dict(model.state_dict())",
+        "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+        "if clock.progress() == 1.0 or clock.elapsed() >= TIME_BUDGET:",
+        "compiled = torch.compile(model)",
+        "from prepare import TIME_BUDGET, Tokenizer, clock, evaluate_bpb, make_dataloader",
+        "TIME_BUDGET == 300",
+        "gc.collect()",
+        "started = time.time()",
+        "def score_mod(score, b, h, q, k):",
+    ]
+    (started.folder / "lines.py").write_text("\n".join(honest) + (ROOT / "train.py").read_text())
+    found = started.do('grep -nE "$taboo" lines.py')
+    assert found.returncode == 1 and not found.stdout, found.stdout
 
 
 # ---------------------------------------------------------------------------

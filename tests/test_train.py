@@ -731,7 +731,7 @@ def test_a_rehearsal_leaves_no_trace(stage):
     expected = torch.rand(3)
     train.rehearse(model, optimizer, tokenizer, 8)
     assert torch.equal(torch.rand(3), expected)
-    assert prepare.clock.start is None
+    assert prepare.run.start is None
 
 
 def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
@@ -739,7 +739,7 @@ def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
     model.blocks[2].attn.attend = lambda q, k, v, w: train.sdpa_attention(q.flip(1), k, v, w)
     with pytest.raises(SystemExit, match="depend on later tokens"):
         train.fit_batch(model, optimizer, tokenizer)
-    assert prepare.clock.start is None
+    assert prepare.run.start is None
 
 
 @pytest.mark.parametrize(
