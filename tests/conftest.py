@@ -542,10 +542,12 @@ SMALL = {
 SUMMARY = [
     "val_bpb",
     "training_seconds",
+    "total_tokens_M",
+    "source",
+    "harness",
     "total_seconds",
     "peak_vram_mb",
     "mfu_percent",
-    "total_tokens_M",
     "num_steps",
     "num_params_M",
     "depth",
@@ -554,9 +556,7 @@ SUMMARY = [
     "seed",
     "device",
     "attention",
-    "source",
     "epochs",
-    "harness",
 ]
 EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # for tests that need no compiled model: it saves seconds
 

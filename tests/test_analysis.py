@@ -279,6 +279,40 @@ def test_the_night_is_not_measured_from_a_baseline_that_was_disturbed_and_droppe
 
 
 # ---------------------------------------------------------------------------
+# Fresh seeds
+
+
+ROWS = row("aaaaaaa", "keep", "baseline", 1.7, 1.72, machine=MACHINE)
+ROWS += row("bbbbbbb", "keep", "raise MATRIX_LR", 1.6, 1.62)
+
+
+def test_without_fresh_seeds_the_gain_comes_with_what_luck_alone_wins(morning):
+    won = morning(HEADER + ROWS)["What was won?"]
+    assert won.startswith("Part of the gain below is luck")
+    # Both gaps are 0.02, so sigma is 0.0177245, and 1.6 of it is 0.028359.
+    assert "won 1.6 sigma, here 0.028359." in won
+    assert "train aaaaaaa and bbbbbbb with the seeds 3, 4, 5." in won
+    assert "fell from 1.710000 to 1.610000" in won
+
+
+def test_the_number_of_fresh_seeds_comes_first_and_changes_nothing_else(morning):
+    fresh = [
+        f"{commit}\t{value}\t0.0\tdiscard\tfresh seed {seed}\n"
+        for commit, *values in [("aaaaaaa", 1.70, 1.72, 1.74), ("bbbbbbb", 1.66, 1.67, 1.68)]
+        for seed, value in enumerate(values, 3)
+    ]
+    before, after = morning(HEADER + ROWS), morning(HEADER + ROWS + "".join(fresh))
+    won = after["What was won?"]
+    assert won.startswith("With fresh seeds val_bpb went from 1.720000 to 1.670000: a gain of 0.05")
+    # The standard error of two means of three runs is 0.0177245 * sqrt(2 / 3) = 0.014472.
+    assert "(runs: 3 and 3).\nThat is 3.5 standard errors." in won
+    rest = won.partition("\n\n")[2]
+    assert rest and rest == before["What was won?"].partition("\n\n")[2]
+    del before["What was won?"], after["What was won?"]
+    assert before == after
+
+
+# ---------------------------------------------------------------------------
 # A machine that changes its speed
 
 
@@ -509,5 +543,7 @@ def test_other_worktrees_of_the_repository_have_their_part(kernel, night, tmp_pa
     Path(second, "results.tsv").write_text(rows)
     won = execute(kernel, night.folder)["What was won?"]
     git(night.folder, "worktree", "remove", "--force", second)
-    assert "mar5: The kept changes won 0.127000 bpb" in won
-    assert "mar5-gpu1: val_bpb fell from 1.500000 to 1.400000" in won
+    assert "mar5: Part of the gain below is luck" in won
+    assert "The kept changes won 0.127000 bpb" in won
+    assert "mar5-gpu1: Part of the gain below is luck" in won
+    assert "val_bpb fell from 1.500000 to 1.400000" in won

@@ -36,6 +36,7 @@ from conftest import (
     VAL,
     Cheat,
     Toy,
+    ahead,
     parquet,
     spoil,
 )
@@ -771,6 +772,16 @@ def test_the_clock_starts_with_the_first_batch(tiny):
     assert prepare.clock.progress() == 1 and prepare.clock.elapsed() > 400
 
 
+def test_the_clock_cannot_be_set_and_a_second_one_shows_the_same_time(tiny):
+    next(make_dataloader(Tokenizer.from_directory(), 2, 32, "train"))
+    prepare.run.start -= 100
+    with pytest.raises(AttributeError):
+        prepare.clock.start = 0
+    with pytest.raises(AttributeError):
+        prepare.clock.elapsed = lambda: 0
+    assert prepare.Clock().elapsed() > 100
+
+
 def test_the_watchdog_is_set_at_the_loader_the_first_batch_and_every_batch_of_evaluation(
     tiny, monkeypatch
 ):
@@ -981,6 +992,277 @@ def test_of_any_two_rows_some_stripes_keep_the_first_without_the_second(B):
     for i in range(B):
         for j in range(B):
             assert i == j or any(mask[i, 0] and not mask[j, 0] for mask in masks)
+
+
+def look_ahead_under(noise):
+    """A change that gives the next token away, and hides it behind random numbers."""
+
+    def change(model, logits, x):
+        logits = logits.clone()
+        logits[:, :-1].scatter_add_(2, x[:, 1:, None], torch.full_like(logits[:, :-1, :1], 0.2))
+        return noise(logits)
+
+    return change
+
+
+def noise_on_a_far_logit(logits):
+    logits[..., 0] = -50 + torch.rand_like(logits[..., 0])  # BOS, which is no target that counts
+    return logits
+
+
+def noise_at_one_position(logits):
+    logits[0, 5] *= 1 + 0.01 * torch.rand_like(logits[0, 5])
+    return logits
+
+
+@pytest.mark.parametrize("noise", [noise_on_a_far_logit, noise_at_one_position])
+def test_noise_does_not_license_a_look_ahead(tiny, noise):
+    tokenizer = Tokenizer.from_directory()
+    assert math.isfinite(evaluate_bpb(Cheat(lambda _, z, x: noise(z)), tokenizer, 8))
+    with pytest.raises(SystemExit, match="depend on later tokens"):
+        evaluate_bpb(Cheat(look_ahead_under(noise)), tokenizer, 8)
+
+
+@pytest.mark.parametrize("inspected", range(5))
+def test_a_model_that_knows_a_batch_is_refused_when_another_is_inspected(
+    tiny, monkeypatch, inspected
+):
+    chance = SimpleNamespace(integers=lambda n: inspected)
+    monkeypatch.setattr(np.random, "default_rng", lambda: chance)
+    tokenizer = Tokenizer.from_directory()
+    first = prepare.val_batch(0, 8, tokenizer.bos)
+
+    def behave_on_the_first(model, logits, x):
+        return logits if torch.equal(x[:, 0:4], first[:, 0:4]) else ahead(1)(model, logits, x)
+
+    with pytest.raises(SystemExit, match="depend on"):
+        evaluate_bpb(Cheat(behave_on_the_first), tokenizer, 8)
+
+
+def test_while_a_model_runs_its_targets_are_nowhere_in_its_callers(tiny):
+    tokenizer = Tokenizer.from_directory()
+    found = []
+
+    def look_around(model, logits, x):
+        frame = sys._getframe()
+        while frame := frame.f_back:
+            if frame.f_code.co_filename == prepare.__file__:
+                values = [value for value in frame.f_locals.values() if hasattr(value, "shape")]
+                found.extend(value.shape for value in values)
+        return logits
+
+    evaluate_bpb(Cheat(look_around), tokenizer, 8)
+    # The inputs and the nats of other calls are there, and no rows of MAX_SEQ_LEN + 1 tokens.
+    assert {shape[-1] for shape in found} == {32}
+
+
+class Loss(torch.Tensor):
+    """A tensor whose cross-entropy is small, whatever it holds."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        return result / 100 if function is F.cross_entropy else result
+
+
+def test_a_tensor_with_a_loss_of_its_own_is_refused(tiny):
+    with pytest.raises(SystemExit, match="but it gives Loss"):
+        evaluate_bpb(Cheat(lambda _, z, x: z.as_subclass(Loss)), Tokenizer.from_directory(), 8)
+
+
+# ---------------------------------------------------------------------------
+# What a model knows before the clock starts
+
+
+def begin(model, batch_size=8):
+    """Check a model, restore it, and draw the first batch."""
+    tokenizer = Tokenizer.from_directory()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_model(model, tokenizer, batch_size)
+    model.load_state_dict(before)
+    return next(make_dataloader(tokenizer, batch_size, 32, "train"))
+
+
+def log_counts(split):
+    """How often each token (512) follows each other one in a split, and follows any token."""
+    counts = np.ones((512, 512))
+    rows = prepare.load_rows(split)
+    np.add.at(counts, (rows[:, :-1].ravel(), rows[:, 1:].ravel()), 1)
+    after_each = torch.from_numpy(np.log(counts)).float()
+    after_any = torch.from_numpy(np.log(counts.sum(0) - 511)).float()
+    return after_each, after_any.expand(512, 512)
+
+
+class Table(nn.Module):
+    """A model that predicts from the token alone, by a table (512, 512)."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, x):
+        return self.table[x]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_a_model_that_knows_the_text_before_the_clock_starts_is_refused(tiny, split, share):
+    for table in log_counts(split):
+        with pytest.raises(SystemExit, match="knows the text before the clock starts"):
+            begin(Table(share * table))
+        assert prepare.run.start is None
+
+
+class Cache(nn.Module):
+    """A model that repeats: half of its probability goes to the earlier tokens of the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        seen = F.one_hot(x, 512).float().cumsum(1)
+        seen = seen / seen.sum(-1, keepdim=True)
+        return ((1 - self.weight) / 512 + self.weight * seen).clamp_min(1e-9).log()
+
+
+def zeros(*shape):
+    return torch.zeros(*shape)
+
+
+def normal(std):
+    generator = torch.Generator().manual_seed(1)
+    return lambda *shape: std * torch.randn(*shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Cache(),
+        lambda: Table(zeros(512, 512)),
+        lambda: Table(normal(0.1)(512, 512)),
+        lambda: Table(normal(1)(512, 512)),
+        lambda: Table(normal(10)(512, 512)),
+        lambda: Table(normal(1)(1, 512).expand(512, 512).clone()),
+        lambda: Table(3 * torch.eye(512)),
+        lambda: Toy(),
+    ],
+    ids=["cache", "zeros", "small", "large", "huge", "a bias", "the same token again", "toy"],
+)
+def test_an_initialisation_that_is_not_of_the_text_is_accepted(tiny, model):
+    begin(model())
+    assert prepare.run.start is not None and prepare.run.untrained is None
+
+
+# ---------------------------------------------------------------------------
+# A run as a whole: one evaluation, by the harness as it is
+
+
+class Recurrent(nn.Module):
+    """A language model of another kind: an LSTM."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.lstm = nn.Embedding(512, 32), nn.LSTM(32, 32, batch_first=True)
+        self.head = nn.Linear(32, 512)
+
+    def forward(self, x):
+        return self.head(self.lstm(self.embed(x))[0])
+
+
+def test_an_honest_run_of_another_model_with_an_average_of_its_weights(tiny, capsys):
+    tokenizer = Tokenizer.from_directory()
+    torch.manual_seed(1)
+    model = Recurrent()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    check_model(model, tokenizer, 8)
+    model.load_state_dict(before)
+    average = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loader = make_dataloader(tokenizer, 16, 16, "train")  # shorter rows than those of the metric
+    for _ in range(60):
+        inputs, targets, _ = next(loader)
+        F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    uniform = 9 * (prepare.load_rows("val")[:, 1:] != tokenizer.bos).sum()
+    n_bytes = tokenizer.token_bytes()[prepare.load_rows("val")[:, 1:]].sum()
+    bpb = evaluate_bpb(average, tokenizer, 8)
+    assert 0.5 < bpb < 0.9 * uniform / n_bytes
+    prepare.print_summary({"num_steps": 60, "val_bpb": 0.1, "harness": "0" * 12})
+    lines = capsys.readouterr().out.partition("---\n")[2].splitlines()
+    shown = dict(re.split(r": +", line) for line in lines)
+    assert len(shown) == len(lines) and shown["val_bpb"] == f"{bpb:.6f}"
+    assert shown["num_steps"] == "60" and shown["total_tokens_M"] == f"{60 * 256 / 1e6:.1f}"
+    assert shown["harness"] == prepare.harness_digest(tokenizer)
+
+
+def test_a_run_is_evaluated_once(tiny):
+    tokenizer = Tokenizer.from_directory()
+    with pytest.raises(SystemExit, match="call evaluate_bpb first"):
+        prepare.print_summary({})
+    for _ in range(2):  # Nothing was trained in this process, so these are no tries.
+        evaluate_bpb(Toy(), tokenizer, 8)
+    next(make_dataloader(tokenizer, 8, 32, "train"))
+    with pytest.raises(SystemExit, match="was called before"):
+        evaluate_bpb(Toy(), tokenizer, 8)
+    prepare.run = prepare.Run()
+    next(make_dataloader(tokenizer, 8, 32, "train"))
+    evaluate_bpb(Toy(), tokenizer, 8)
+    with pytest.raises(SystemExit, match="was called before"):
+        evaluate_bpb(Toy(), tokenizer, 8)
+
+
+def honest_code():
+    return 0
+
+
+# What an agent may put in the place of something in prepare.py, by the name that the harness finds.
+REPLACED = {
+    "TIME_BUDGET": lambda patch: patch.setattr(prepare, "TIME_BUDGET", 600),
+    "clock": lambda patch: patch.setattr(prepare, "clock", prepare.Clock()),
+    "run": lambda patch: patch.setattr(prepare, "run", prepare.Run()),
+    "monotonic": lambda patch: patch.setattr(prepare, "monotonic", lambda: 0.0),
+    "score": lambda patch: patch.setattr(prepare, "score", lambda *args: None),
+    "cross_entropy": lambda patch: patch.setattr(prepare, "cross_entropy", F.mse_loss),
+    "load_rows": lambda patch: patch.setattr(prepare, "load_rows", lambda split: None),
+    "val_batch": lambda patch: patch.delattr(prepare, "val_batch"),
+    "Tokenizer": lambda patch: patch.setattr(prepare, "Tokenizer", type("Tokenizer", (), {})),
+    "Tokenizer.token_bytes": lambda patch: patch.setattr(Tokenizer, "token_bytes", honest_code),
+    "Clock.elapsed": lambda patch: patch.setattr(prepare.Clock, "elapsed", lambda self: 0.0),
+    "inspect_model": lambda patch: patch.setattr(
+        prepare.inspect_model, "__code__", (lambda *args: 0.0).__code__
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_harness_of_which_something_was_replaced_gives_no_number(monkeypatch, name):
+    prepare.check_harness()
+    with monkeypatch.context() as patch:
+        REPLACED[name](patch)
+        with pytest.raises(SystemExit, match=rf"^error: {name} of prepare.py was replaced"):
+            prepare.check_harness()
+    prepare.check_harness()
+
+
+def test_the_evaluation_ends_with_a_look_at_the_harness(tiny, monkeypatch):
+    monkeypatch.setattr(prepare, "check_harness", lambda: prepare.stop("replaced"))
+    with pytest.raises(SystemExit, match="replaced"):
+        evaluate_bpb(Toy(), Tokenizer.from_directory(), 8)
+    assert prepare.run.result is None
+
+
+def test_a_replaced_loss_of_torch_changes_nothing(tiny, monkeypatch):
+    tokenizer = Tokenizer.from_directory()
+    honest = evaluate_bpb(Toy(), tokenizer, 8)
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **options: torch.zeros(()))
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    assert evaluate_bpb(Toy(), tokenizer, 8) == honest
 
 
 # ---------------------------------------------------------------------------

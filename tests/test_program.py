@@ -424,6 +424,27 @@ def refuses(done: subprocess.CompletedProcess, reason: str) -> None:
     assert len(done.stdout.splitlines()) == 1, done.stdout
 
 
+def test_the_readmes_runs_with_fresh_seeds_are_rows_that_decide_nothing(tmp_path):
+    night = Night(tmp_path)
+    five = {"seeds": (1, 2, 3, 4, 5), "steps": (900,) * 5}
+    (night.folder / "train.py").write_text(stub(1.7, 1.72, 1.71, 1.73, 1.75, **five))
+    night.git("commit", "-qam", "values for five seeds")
+    baseline = night.head()
+    night.begin(f"{baseline}\t{BASELINE}")
+    kept = night.experiment(stub(1.6, 1.61, 1.62, 1.63, 1.64, **five), "a win")
+    night.experiment(stub(1.8), "a loss")
+    readme = (ROOT / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "fresh" in b)
+    done = night.sh(block)
+    assert done.returncode == 0, done.stdout
+    assert night.rows()[3:] == [
+        [commit, f"{value:.6f}", "0.0", "discard", f"fresh seed {seed}"]
+        for seed, before, after in [(3, 1.71, 1.62), (4, 1.73, 1.63), (5, 1.75, 1.64)]
+        for commit, value in [(baseline, before), (kept, after)]
+    ]
+    assert night.do("bar").stdout == "1.605000\n"
+
+
 def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
     night = Night(tmp_path)
     night.env["AUTORESEARCH_CACHE"] = str(tmp_path / "empty")
