@@ -717,40 +717,44 @@ def val_batch(number: int, batch_size: int, bos: int, ahead: int = 0) -> torch.T
     return torch.from_numpy(filled).to(DEVICE)
 
 
-def score(
-    model: nn.Module,
-    inputs: torch.Tensor,
-    number: int,
-    tokenizer: Tokenizer,
-    names: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model makes of the targets of validation batch `number` after these inputs (B, T).
-
-    Returns the cross-entropy of each target in nats, float32 (B, T), which is 0 for BOS, and a
-    checksum of the logits at each position, int64 (B, T). If the inputs have other names, so have
-    the targets. Ends the process if the model gives anything but finite logits.
-    """
+def get_logits(model: nn.Module, inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
+    """Logits (B, T, vocab_size) of inputs (B, T). Ends the process if it gets anything else."""
     watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
-    bos, expected = tokenizer.bos, (*inputs.shape, tokenizer.get_vocab_size())
+    expected = (*inputs.shape, tokenizer.get_vocab_size())
     logits = model(inputs.clone())  # a copy, which the model may change
     # A subclass of Tensor could compute its own cross-entropy.
     shape = tuple(logits.shape) if type(logits) is torch.Tensor else type(logits).__name__
     if shape != expected:
         stop(f"model(inputs) must give logits {expected}, but it gives {shape}")
+    return logits
 
-    # The targets are read only now: a model could find them in memory while it runs.
-    targets = val_batch(number, len(inputs), bos, ahead=1)
-    targets = targets if names is None else names[targets]
-    nats, checksums = [], []
+
+def in_slices(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices along the batch: which rows, and their logits in float32, SLICE of them at most."""
     n_rows = max(1, SLICE // logits[0].numel())
-    for z, y in zip(logits.split(n_rows), targets.split(n_rows), strict=True):
-        z = z.float().flatten(0, 1)
+    for first in range(0, len(logits), n_rows):
+        rows = slice(first, first + n_rows)
+        yield rows, logits[rows].float()
+
+
+def token_nats(
+    logits: torch.Tensor, number: int, tokenizer: Tokenizer, names: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The cross-entropy of each target of a validation batch in nats, (B, T). BOS has none.
+
+    The targets are read here, when the model has run: it could find them in memory. `names` gives
+    each token another name. Ends the process if a logit is not finite.
+    """
+    targets = val_batch(number, len(logits), tokenizer.bos, ahead=1)
+    targets = targets if names is None else names[targets]
+    nats = []
+    for rows, z in in_slices(logits):
         low, high = z.aminmax()
         if not (low.isfinite() and high.isfinite()):
             stop("the model gives logits that are not finite")
-        nats.append(cross_entropy(z, y.flatten(), ignore_index=bos, reduction="none"))
-        checksums.append(z.view(torch.int32).sum(-1))
-    return torch.cat(nats).view(inputs.shape), torch.cat(checksums).view(inputs.shape)
+        y = targets[rows].flatten()
+        nats.append(cross_entropy(z.flatten(0, 1), y, ignore_index=tokenizer.bos, reduction="none"))
+    return torch.cat(nats).view(targets.shape)
 
 
 # ---------------------------------------------------------------------------
@@ -810,6 +814,12 @@ def stripes(B: int, T: int) -> Masks:
         width *= 2
 
 
+def checksums(logits: torch.Tensor) -> torch.Tensor:
+    """For each position the sum (B, T) of its logits as integers, which tells other bits."""
+    sums = [z.view(torch.int32).sum(-1, dtype=torch.int32) for _, z in in_slices(logits)]
+    return torch.cat(sums)
+
+
 def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
     """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
 
@@ -818,37 +828,38 @@ def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tok
     inputs = val_batch(number, batch_size, tokenizer.bos)
     others = replacement_tokens(inputs, tokenizer)
     for _ in range(WARM_UPS):
-        base, base_checksums = score(model, inputs, number, tokenizer)
+        logits = get_logits(model, inputs, tokenizer)
+    base_sums, base_nats = checksums(logits), token_nats(logits, number, tokenizer)
 
     # The same input twice
-    nats, checksums = score(model, inputs, number, tokenizer)
-    exact = torch.equal(checksums, base_checksums)
-    wobble = (nats - base).abs().max().item()
+    logits = get_logits(model, inputs, tokenizer)
+    exact = torch.equal(checksums(logits), base_sums)
+    wobble = (token_nats(logits, number, tokenizer) - base_nats).abs().max().item()
     if wobble > MAX_WOBBLE:
         stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
     tolerance = 0.0 if exact else 4 * max(wobble, 1e-6)  # float32 has no more digits
 
-    def compare(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the logits of these tokens are others, and by how many nats."""
-        nats, checksums = score(model, tokens, number, tokenizer)
-        gap = nats - base
-        return checksums != base_checksums if exact else gap.abs() > tolerance, gap
+    def changes(tokens: torch.Tensor) -> torch.Tensor:
+        """How much the logits at each position (B, T) change with these tokens; 0 if not at all."""
+        logits = get_logits(model, tokens, tokenizer)
+        if exact:
+            return (checksums(logits) != base_sums).float()
+        return token_nats(logits, number, tokenizer) - base_nats
 
     # Other tokens in other rows, then other tokens after position t
     for what, masks in (("other rows or earlier batches", stripes), ("later tokens", prefixes)):
         gains = [torch.zeros(1, device=inputs.device)]  # a batch of one row has no other rows
         for kept, judged in masks(*inputs.shape):
             kept, judged = kept.to(inputs.device), judged.to(inputs.device)
-            differs, gap = compare(torch.where(kept, inputs, others))
-            if (differs & kept).any():
+            change = changes(torch.where(kept, inputs, others))
+            if (change * kept).abs().max() > tolerance:
                 stop(f"the logits depend on {what}")
-            gains.append(gap[judged])
+            gains.append(change[judged])
         if torch.cat(gains).mean().abs() > MAX_GAIN:
             stop(f"the logits depend on {what}")
 
     # The first input once more
-    differs, _ = compare(inputs)
-    if differs.any():
+    if changes(inputs).abs().max() > tolerance:
         stop("the model carries state from one batch to the next")
     return tolerance
 
@@ -888,7 +899,8 @@ def check_untrained(model: nn.Module, batch_size: int, tokenizer: Tokenizer) -> 
     model.eval()
     nats = {}
     for kind, new_names in (("own", names.to(DEVICE)), ("swapped", swapped.to(DEVICE))):
-        each, _ = score(model, new_names[inputs], 0, tokenizer, new_names)
+        logits = get_logits(model, new_names[inputs], tokenizer)
+        each = token_nats(logits, 0, tokenizer, new_names)
         nats[kind] = each[each != 0].mean().item()  # without BOS
     no_better = min(nats["swapped"], math.log(len(names)))
     if nats["own"] < no_better - HEAD_START:
@@ -1013,7 +1025,8 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     nats = []
     for number in [*range(n_batches), 0, n_batches - 1]:  # the first and the last one twice
         inputs = val_batch(number, batch_size, tokenizer.bos)
-        nats.append(score(model, inputs, number, tokenizer)[0].sum().item())
+        logits = get_logits(model, inputs, tokenizer)
+        nats.append(token_nats(logits, number, tokenizer).sum().item())
         if len(nats) == inspected + 1:
             tolerance = inspect_model(model, number, batch_size, tokenizer)
     *nats, first_again, last_again = nats

@@ -1010,12 +1010,12 @@ def noise_on_a_far_logit(logits):
     return logits
 
 
-def noise_at_one_position(logits):
-    logits[0, 5] *= 1 + 0.01 * torch.rand_like(logits[0, 5])
+def noise_in_one_row(logits):
+    logits[0] *= 1 + 0.01 * torch.rand_like(logits[0])
     return logits
 
 
-@pytest.mark.parametrize("noise", [noise_on_a_far_logit, noise_at_one_position])
+@pytest.mark.parametrize("noise", [noise_on_a_far_logit, noise_in_one_row])
 def test_noise_does_not_license_a_look_ahead(tiny, noise):
     tokenizer = Tokenizer.from_directory()
     assert math.isfinite(evaluate_bpb(Cheat(lambda _, z, x: noise(z)), tokenizer, 8))
@@ -1041,19 +1041,19 @@ def test_a_model_that_knows_a_batch_is_refused_when_another_is_inspected(
 
 def test_while_a_model_runs_its_targets_are_nowhere_in_its_callers(tiny):
     tokenizer = Tokenizer.from_directory()
-    found = []
+    targets = [prepare.val_batch(number, 8, tokenizer.bos, ahead=1) for number in range(5)]
+    seen = []
 
     def look_around(model, logits, x):
         frame = sys._getframe()
         while frame := frame.f_back:
             if frame.f_code.co_filename == prepare.__file__:
-                values = [value for value in frame.f_locals.values() if hasattr(value, "shape")]
-                found.extend(value.shape for value in values)
+                seen.extend(v for v in frame.f_locals.values() if isinstance(v, torch.Tensor))
         return logits
 
     evaluate_bpb(Cheat(look_around), tokenizer, 8)
-    # The inputs and the nats of other calls are there, and no rows of MAX_SEQ_LEN + 1 tokens.
-    assert {shape[-1] for shape in found} == {32}
+    assert len(seen) > 100  # The inputs are there, and so are the results of earlier calls.
+    assert not any(torch.equal(tensor, batch) for tensor in seen for batch in targets)
 
 
 class Loss(torch.Tensor):
@@ -1227,7 +1227,7 @@ REPLACED = {
     "clock": lambda patch: patch.setattr(prepare, "clock", prepare.Clock()),
     "run": lambda patch: patch.setattr(prepare, "run", prepare.Run()),
     "monotonic": lambda patch: patch.setattr(prepare, "monotonic", lambda: 0.0),
-    "score": lambda patch: patch.setattr(prepare, "score", lambda *args: None),
+    "token_nats": lambda patch: patch.setattr(prepare, "token_nats", lambda *args: None),
     "cross_entropy": lambda patch: patch.setattr(prepare, "cross_entropy", F.mse_loss),
     "load_rows": lambda patch: patch.setattr(prepare, "load_rows", lambda split: None),
     "val_batch": lambda patch: patch.delattr(prepare, "val_batch"),
