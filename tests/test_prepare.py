@@ -1257,6 +1257,15 @@ def test_the_evaluation_ends_with_a_look_at_the_harness(tiny, monkeypatch):
     assert prepare.run.result is None
 
 
+def test_a_tokenizer_with_byte_lengths_of_its_own_changes_nothing(tiny):
+    class Longer(Tokenizer):
+        def token_bytes(self):
+            return 2 * super().token_bytes()
+
+    honest = evaluate_bpb(Toy(), Tokenizer.from_directory(), 8)
+    assert evaluate_bpb(Toy(), Longer.from_directory(), 8) == honest
+
+
 def test_a_replaced_loss_of_torch_changes_nothing(tiny, monkeypatch):
     tokenizer = Tokenizer.from_directory()
     honest = evaluate_bpb(Toy(), tokenizer, 8)
