@@ -777,7 +777,7 @@ def train_loop(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum:
     gc.freeze()
     gc.disable()  # no collection in the middle of a step
     largest_loss = 3 * math.log(model.config.vocab_size)  # three times that of a uniform guess
-    step, next_log = 0, 0.0
+    step, epoch, next_log = 0, 0, 0.0
     while clock.progress() < 1:
         factor = schedule(optimizer, step, clock.progress())
         loss, epoch = train_step(model, optimizer, batches, accum)
