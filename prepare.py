@@ -767,7 +767,7 @@ def token_nats(
 
 NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
 WARM_UPS = 4  # calls before the comparisons, so that a memory of the last few is full
-MAX_WOBBLE = 1 / 16  # nats by which a token may differ when the same input comes twice
+MAX_WOBBLE = 1 / 4  # nats by which a token may differ when the same input comes twice
 MAX_GAIN = 0.01  # nats by which a change may matter on average, where two calls differ
 HEAD_START = 0.25  # nats of a token by which an untrained model may beat a uniform guess
 
@@ -823,7 +823,8 @@ def checksums(logits: torch.Tensor) -> torch.Tensor:
 def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
     """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
 
-    Looks at one validation batch. Returns how far the nats of a token may differ by hardware.
+    Looks at one validation batch. Returns by how many nats of a token, on average, the hardware
+    may let another call differ.
     """
     inputs = val_batch(number, batch_size, tokenizer.bos)
     others = replacement_tokens(inputs, tokenizer)
@@ -866,7 +867,7 @@ def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tok
     # The first input once more
     if changes(inputs).abs().max() > tolerance:
         stop("the model carries state from one batch to the next")
-    return tolerance
+    return min(tolerance, MAX_GAIN)
 
 
 @torch.no_grad()

@@ -965,6 +965,8 @@ def test_a_run_may_be_late_by_what_one_step_needs(tiny, monkeypatch, step, late,
     while prepare.clock.progress() < 1:
         next(loader)
         now += step  # 300 s are a whole number of steps.
+        for _ in range(9):
+            prepare.clock.elapsed()
     now += late
     if refused:
         with pytest.raises(SystemExit, match=r"took 30\d\.\d s of a budget of 300 s"):
@@ -1011,7 +1013,7 @@ def noise_on_a_far_logit(logits):
 
 
 def noise_in_one_row(logits):
-    logits[0] *= 1 + 0.01 * torch.rand_like(logits[0])
+    logits[0] += 0.1 * torch.rand_like(logits[0])  # the tolerance of a token is larger than the gain
     return logits
 
 
@@ -1044,24 +1046,21 @@ def test_a_look_ahead_in_some_rows_is_refused_when_one_of_them_is_inspected(
         assert math.isfinite(evaluate_bpb(model, tokenizer, 8))
 
 
-def test_a_look_ahead_at_the_first_sight_of_a_batch_is_refused(tiny):
+@pytest.mark.parametrize("number", [0, 2, 4])
+def test_a_look_ahead_at_the_first_sight_of_a_batch_is_refused(tiny, monkeypatch, number):
+    chance = SimpleNamespace(integers=lambda n: 2)
+    monkeypatch.setattr(np.random, "default_rng", lambda: chance)
     tokenizer = Tokenizer.from_directory()
-    ends = [prepare.val_batch(number, 8, tokenizer.bos) for number in (0, 4)]
+    batch = prepare.val_batch(number, 8, tokenizer.bos)
 
     def look_ahead_once(model, logits, x):
-        new = not any(torch.equal(x, batch) for batch in [*ends, *model.seen])
-        model.seen.append(x)
-        return ahead(1)(model, logits, x) if new else logits
+        if torch.equal(x, batch):
+            model.seen.append(x)
+            return ahead(1)(model, logits, x) if len(model.seen) == 1 else logits
+        return logits
 
-    def evaluate_at(inspected):
-        with pytest.MonkeyPatch.context() as patch:
-            chance = SimpleNamespace(integers=lambda n: inspected)
-            patch.setattr(np.random, "default_rng", lambda: chance)
-            evaluate_bpb(Cheat(look_ahead_once), tokenizer, 8)
-
-    for inspected in (1, 2, 3):
-        with pytest.raises(SystemExit, match="carries state|depend on"):
-            evaluate_at(inspected)
+    with pytest.raises(SystemExit, match="carries state"):
+        evaluate_bpb(Cheat(look_ahead_once), tokenizer, 8)
 
 
 def test_while_a_model_runs_its_targets_are_nowhere_in_its_callers(tiny):
