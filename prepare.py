@@ -838,7 +838,7 @@ def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tok
     wobble = (token_nats(logits, number, tokenizer) - base_nats).abs().max().item()
     if wobble > MAX_WOBBLE:
         stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
-    tolerance = 0.0 if exact else 4 * max(wobble, 1e-6)  # float32 has no more digits
+    tolerance = 4 * max(wobble, 1e-6)  # float32 has no more digits
 
     def gap(tokens: torch.Tensor) -> torch.Tensor:
         """By how many nats (B, T) each token differs from the base."""

@@ -853,19 +853,29 @@ def test_a_model_that_changes_after_any_call_is_refused(tiny, monkeypatch, inspe
         np.random, "default_rng", lambda: SimpleNamespace(integers=lambda n: inspected)
     )
 
-    def calls_of(last_honest_call):
+    def calls_of(stage, last_honest_call):
         def sharpen_late(model, logits, x):
             model.seen.append(x)
             return logits * 1.1 if len(model.seen) > last_honest_call else logits
 
         model = Cheat(sharpen_late)
-        evaluate_bpb(model, tokenizer, 8)
+        stage(model, tokenizer, 8)
         return len(model.seen)
 
-    n_calls = calls_of(math.inf)
-    for last_honest_call in range(1, n_calls):
-        with pytest.raises(SystemExit, match="carries state|other logits|depend on"):
-            calls_of(last_honest_call)
+    for stage, warm_ups in ((evaluate_bpb, 0), (check_model, prepare.WARM_UPS - 1)):
+        for last_honest_call in range(warm_ups + 1, calls_of(stage, math.inf)):
+            with pytest.raises(SystemExit, match="carries state|other logits|depend on"):
+                calls_of(stage, last_honest_call)
+
+
+def test_a_leak_into_a_logit_that_hardly_counts_is_refused(tiny):
+    def leak(model, logits, x):
+        logits[..., 0] = -60  # BOS, which is no target that counts
+        logits[:, :-1, 0] += 0.01 * x[:, 1:]
+        return logits
+
+    with pytest.raises(SystemExit, match="depend on later tokens"):
+        evaluate_bpb(Cheat(leak), Tokenizer.from_directory(), 8)
 
 
 def test_a_memory_that_only_new_rows_enter_is_refused(tiny):
@@ -1013,7 +1023,7 @@ def noise_on_a_far_logit(logits):
 
 
 def noise_in_one_row(logits):
-    logits[0] += 0.1 * torch.rand_like(logits[0])  # the tolerance of a token is larger than the gain
+    logits[0] += 0.1 * torch.rand_like(logits[0])  # so a token has a tolerance above the gain
     return logits
 
 
