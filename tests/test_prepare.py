@@ -1011,7 +1011,7 @@ def look_ahead_under(noise):
 
     def change(model, logits, x):
         logits = logits.clone()
-        logits[:, :-1].scatter_add_(2, x[:, 1:, None], torch.full_like(logits[:, :-1, :1], 0.2))
+        logits[:, :-1].scatter_add_(2, x[:, 1:, None], torch.full_like(logits[:, :-1, :1], 0.1))
         return noise(logits)
 
     return change
@@ -1033,6 +1033,21 @@ def test_noise_does_not_license_a_look_ahead(tiny, noise):
     assert math.isfinite(evaluate_bpb(Cheat(lambda _, z, x: noise(z)), tokenizer, 8))
     with pytest.raises(SystemExit, match="depend on later tokens"):
         evaluate_bpb(Cheat(look_ahead_under(noise)), tokenizer, 8)
+
+
+def test_noise_does_not_license_a_memory(tiny):
+    tokenizer = Tokenizer.from_directory()
+    batch = prepare.val_batch(0, 8, tokenizer.bos)
+
+    def know_the_first_batch_at_first(model, logits, x):
+        if torch.equal(x, batch):
+            model.seen.append(x)
+            if len(model.seen) == 1:
+                return look_ahead_under(noise_in_one_row)(model, logits, x)
+        return noise_in_one_row(logits)
+
+    with pytest.raises(SystemExit, match="carries state"):
+        evaluate_bpb(Cheat(know_the_first_batch_at_first), tokenizer, 8)
 
 
 @pytest.mark.parametrize("inspected", range(5))
