@@ -846,12 +846,16 @@ def test_the_early_check_sees_through_a_projection_that_is_still_zero(tiny, name
         check_model(Cheat(CHEATS[name], hidden=True), Tokenizer.from_directory(), 8)
 
 
+def choose_inspected(monkeypatch, number):
+    """Let the evaluation inspect this batch, where it would choose one by chance."""
+    chance = SimpleNamespace(integers=lambda n: number)
+    monkeypatch.setattr(np.random, "default_rng", lambda: chance)
+
+
 @pytest.mark.parametrize("inspected", [0, 2, 4])
 def test_a_model_that_changes_after_any_call_is_refused(tiny, monkeypatch, inspected):
     tokenizer = Tokenizer.from_directory()
-    monkeypatch.setattr(
-        np.random, "default_rng", lambda: SimpleNamespace(integers=lambda n: inspected)
-    )
+    choose_inspected(monkeypatch, inspected)
 
     def calls_of(stage, last_honest_call):
         def sharpen_late(model, logits, x):
@@ -1054,8 +1058,7 @@ def test_noise_does_not_license_a_memory(tiny):
 def test_a_look_ahead_in_some_rows_is_refused_when_one_of_them_is_inspected(
     tiny, monkeypatch, inspected
 ):
-    chance = SimpleNamespace(integers=lambda n: inspected)
-    monkeypatch.setattr(np.random, "default_rng", lambda: chance)
+    choose_inspected(monkeypatch, inspected)
     tokenizer = Tokenizer.from_directory()
     known = prepare.val_batch(3, 8, tokenizer.bos)[:, :8]
 
@@ -1073,8 +1076,7 @@ def test_a_look_ahead_in_some_rows_is_refused_when_one_of_them_is_inspected(
 
 @pytest.mark.parametrize("number", [0, 2, 4])
 def test_a_look_ahead_at_the_first_sight_of_a_batch_is_refused(tiny, monkeypatch, number):
-    chance = SimpleNamespace(integers=lambda n: 2)
-    monkeypatch.setattr(np.random, "default_rng", lambda: chance)
+    choose_inspected(monkeypatch, 2)
     tokenizer = Tokenizer.from_directory()
     batch = prepare.val_batch(number, 8, tokenizer.bos)
 
@@ -1123,13 +1125,16 @@ def test_a_tensor_with_a_loss_of_its_own_is_refused(tiny):
 # What a model knows before the clock starts
 
 
-def begin(model, batch_size=8):
-    """Check a model, restore it, and draw the first batch."""
-    tokenizer = Tokenizer.from_directory()
+def check_and_restore(model):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    check_model(model, tokenizer, batch_size)
+    check_model(model, Tokenizer.from_directory(), 8)
     model.load_state_dict(before)
-    return next(make_dataloader(tokenizer, batch_size, 32, "train"))
+
+
+def begin(model):
+    """Check a model, and draw the first batch."""
+    check_and_restore(model)
+    next(make_dataloader(Tokenizer.from_directory(), 8, 32, "train"))
 
 
 def log_counts(split):
@@ -1226,9 +1231,7 @@ def test_an_honest_run_of_another_model_with_an_average_of_its_weights(tiny, cap
     tokenizer = Tokenizer.from_directory()
     torch.manual_seed(1)
     model = Recurrent()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    check_model(model, tokenizer, 8)
-    model.load_state_dict(before)
+    check_and_restore(model)
     average = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
     )

@@ -831,7 +831,7 @@ def test_what_was_measured_again_counts_unless_it_was_disturbed(started):
 
 
 def test_every_start_is_noted_and_the_row_says_how_many_there_were(started):
-    commit = started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(2)", 1))
+    started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(2)", 1))
     for _ in range(2):
         assert started.do("run").returncode == 0
         started.kill_job("compiling")
