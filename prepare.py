@@ -75,12 +75,17 @@ class Scale(NamedTuple):
     seq_len: int  # tokens a model sees at once
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
+    source: str  # where --source does not say it
+    num_shards: int  # of climbmix: enough for five minutes on the fastest device of this scale
 
 
+# A shard of climbmix holds 61M tokens, since there are 400B in 6,543 of them.
 SCALES = {
-    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240),  # CUDA; 21M tokens validate
-    "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048),  # CPU, Apple silicon; 0.5M tokens
+    "full": Scale(2048, 8192, eval_rows=10240, source="climbmix", num_shards=16),
+    "medium": Scale(1024, 8192, eval_rows=2048, source="climbmix", num_shards=6),
+    "small": Scale(256, 2048, eval_rows=2048, source="tinystories", num_shards=2),
 }
+FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `medium`
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3: hub repository, version
 KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder with the kernel
@@ -112,6 +117,14 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def default_scale() -> str:
+    """The scale that suits the training device."""
+    if DEVICE != "cuda":
+        return "small"
+    memory = torch.cuda.get_device_properties(0).total_memory  # bytes
+    return "full" if memory >= FULL_SCALE_BYTES else "medium"
+
+
 def from_environment(name: str, default: float, kind: type, low: float, high: float) -> float:
     """A number from an environment variable. Ends the process if the value is not one in bounds."""
     text = os.environ.get(name) or str(default)
@@ -137,8 +150,7 @@ def find_dataset() -> tuple[Path, dict] | None:
 DEVICE = pick_device()
 TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 300)  # seconds of training
 DATASET = find_dataset()
-DEFAULT_SCALE = "full" if DEVICE == "cuda" else "small"
-SCALE = DATASET[1]["scale"] if DATASET else DEFAULT_SCALE
+SCALE = DATASET[1]["scale"] if DATASET else default_scale()
 MAX_SEQ_LEN = SCALES[SCALE].seq_len
 
 
@@ -158,7 +170,6 @@ HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
-NUM_SHARDS = 16  # 400B tokens in 6,543 shards are 61M each: enough for the 900M of a fast H100 run
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
@@ -266,7 +277,8 @@ def fetch(repo: str, name: str) -> Path:
 
 def default_source(scale: str) -> str:
     """The source for a scale; `python` if it is not downloaded and the hub cannot be reached."""
-    source, repo = {"full": ("climbmix", CLIMBMIX), "small": ("tinystories", TINYSTORIES)}[scale]
+    source = SCALES[scale].source
+    repo = {"climbmix": CLIMBMIX, "tinystories": TINYSTORIES}[source]
     if not any(downloads(repo).glob("*.parquet")):
         try:
             requests.head(hub_url(), timeout=10)
@@ -1087,9 +1099,11 @@ def fetch_attention_kernel() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the dataset to train on.")
     parser.add_argument("--source", help="climbmix, tinystories, python, or a path to your text")
-    parser.add_argument("--scale", choices=SCALES, default=DEFAULT_SCALE)
-    parser.add_argument("--num-shards", type=int, default=NUM_SHARDS, help="shards of climbmix")
+    parser.add_argument("--scale", choices=SCALES, default=default_scale())
+    parser.add_argument("--num-shards", type=int, help="shards of climbmix to train on")
     args = parser.parse_args()
+    if args.num_shards is None:
+        args.num_shards = SCALES[args.scale].num_shards
     if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
         parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")
     try:

@@ -7,8 +7,8 @@ A small GPT and its optimizer, trained for five minutes on one device. OPEN: imp
 The model is a GPT with
 - rotary embeddings, QK-norm, grouped-query attention and sliding windows
 - keys of which one half comes from the previous token
-- value embeddings with gates on every other layer: of tokens and, at full scale, hashed bigrams
-- ReLU^2 in the MLP and, at small scale, a causal convolution before it
+- value embeddings with gates on every other layer: of tokens and, on a CUDA GPU, hashed bigrams
+- ReLU^2 in the MLP and, at scale `small`, a causal convolution before it
 - learned weights for the residual stream and for the embedding, which every layer gets back
 - a soft cap on the logits, an output matrix of its own, no biases, no learned norms
 
@@ -53,35 +53,39 @@ from prepare import DEVICE, MAX_SEQ_LEN, SCALE, Tokenizer, clock, evaluate_bpb, 
 # Hyperparameters
 
 
-def by_scale(*, full, small):
-    """The value for the scale of the prepared text: `full` for a CUDA GPU, `small` for a CPU."""
-    return full if SCALE == "full" else small
+def by_scale(*, full, medium, small):
+    """The value for the scale of the prepared text.
+
+    `full` is for a CUDA GPU, `medium` for one with less than 40 GB, `small` for other machines.
+    """
+    return {"full": full, "medium": medium, "small": small}[SCALE]
 
 
 # model
-DEPTH = by_scale(full=9, small=3)  # on a CPU a fourth layer costs more tokens than it is worth
-N_EMBD = by_scale(full=512, small=256)
+DEPTH = by_scale(full=9, medium=6, small=3)  # on a CPU a fourth layer costs too many tokens
+N_EMBD = by_scale(full=512, medium=384, small=256)
 HEAD_DIM = 128
 N_KV_HEAD = N_EMBD // HEAD_DIM  # as many as query heads; with fewer, query heads share them
-WINDOW_PATTERN = by_scale(full="SSSSL", small="L")  # repeated over the layers: S short, L long
-SHORT_WINDOW = by_scale(full=256, small=64)  # earlier tokens that an S layer sees; L sees all
-ROPE_BASE = by_scale(full=200_000, small=10_000)  # more for longer sequences
+# The pattern repeats over the layers. An S layer sees a short window, and an L layer all tokens.
+WINDOW_PATTERN = by_scale(full="SSSSL", medium="SSSL", small="L")
+SHORT_WINDOW = by_scale(full=256, medium=256, small=64)  # earlier tokens that an S layer sees
+ROPE_BASE = by_scale(full=200_000, medium=100_000, small=10_000)  # more for longer sequences
 GATE_CHANNELS = 32  # first channels of x, from which the gates of value embeddings are computed
-BIGRAM_ROWS = by_scale(full=2**17, small=0)  # rows of each bigram table; too slow for a CPU
-CONV_TAPS = by_scale(full=0, small=3)  # earlier tokens that the convolution sees; not tried at full
+BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=0)  # rows of each table; too slow for a CPU
+CONV_TAPS = by_scale(full=0, medium=0, small=3)  # earlier tokens it sees; not tried on a GPU
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
 # initial values
-INIT_SCALE = by_scale(full=0.68, small=1.0)  # of the matrices that are not zero at first
-X0_INIT = by_scale(full=0.05, small=0.1)  # weight of the embedding that every layer gets back
+INIT_SCALE = by_scale(full=0.68, medium=0.68, small=1.0)  # of the matrices not zero at first
+X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # weight of the embedding in every layer
 
 # batch
-TOTAL_BATCH_SIZE = by_scale(full=2**18, small=2**13)  # tokens in one optimizer step
-DEVICE_BATCH_SIZE = by_scale(full=64, small=16)  # rows in one pass; halved if memory runs out
+TOTAL_BATCH_SIZE = by_scale(full=2**18, medium=2**16, small=2**13)  # tokens in one optimizer step
+DEVICE_BATCH_SIZE = by_scale(full=64, medium=32, small=16)  # rows in a pass; halved until it fits
 
 # optimizer; the rates of embeddings and head are multiplied by (N_EMBD / 768) ** -0.5
-EMBEDDING_LR = by_scale(full=0.9, small=0.6)
-UNEMBEDDING_LR = by_scale(full=0.005, small=0.004)
+EMBEDDING_LR = by_scale(full=0.9, medium=0.6, small=0.6)
+UNEMBEDDING_LR = by_scale(full=0.005, medium=0.004, small=0.004)
 MATRIX_LR = 0.04
 X0_LR = 0.5
 RESID_LR = 0.005  # also of what you add to a block that is not a matrix
@@ -89,7 +93,7 @@ CONV_LR = 0.02
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 WEIGHT_DECAY = 0.2  # of Muon's matrices; falls to zero over the run
-VE_WEIGHT_DECAY = by_scale(full=0.003, small=0.0)  # of value embeddings and bigram tables
+VE_WEIGHT_DECAY = by_scale(full=0.003, medium=0.003, small=0.0)  # of value embeddings, bigrams too
 MOMENTUM = 0.95  # of Muon
 MOMENTUM_START = 0.85  # of Muon at the first step
 MOMENTUM_STEPS = 200  # steps from MOMENTUM_START to MOMENTUM
@@ -98,7 +102,7 @@ VARIANCE_BETA = 0.95  # of the running variance by which Muon's updates are scal
 # learning-rate schedule, in shares of the time budget
 WARMUP_RATIO = 0.0
 WARMDOWN_RATIO = 0.75
-FINAL_LR_FRAC = by_scale(full=0.05, small=0.0)  # what is left of each rate at the end
+FINAL_LR_FRAC = by_scale(full=0.05, medium=0.05, small=0.0)  # what is left of each rate at the end
 
 # run
 SEED = prepare.from_environment("SEED", 1, int, 0, 2**31)
@@ -114,11 +118,19 @@ if DEVICE == "cuda":
     FAST_BF16 = torch.cuda.is_bf16_supported(including_emulation=False)
 elif DEVICE == "mps":
     DEVICE_NAME = f"{CPU_NAME} mps"
-    FAST_BF16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    FAST_BF16 = True  # comes with macOS 14, without which PyTorch has no MPS
 else:
     DEVICE_NAME = f"{CPU_NAME} cpu, {torch.get_num_threads()} threads"
     FAST_BF16 = any(CPU.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-COMPUTE_DTYPE = torch.bfloat16 if FAST_BF16 else torch.float32  # of activations, not of weights
+if FAST_BF16:
+    COMPUTE_DTYPE = torch.bfloat16  # of activations, not of weights
+elif DEVICE == "cuda":
+    COMPUTE_DTYPE = torch.float16  # fast on a T4 and an RTX 20
+else:
+    COMPUTE_DTYPE = torch.float32
+# In float16 a gradient below 6e-8 becomes zero, and many are that small. So the loss is multiplied
+# there. The gradients keep this factor, because the size of an update does not depend on it.
+LOSS_SCALE = 2.0**12 if COMPUTE_DTYPE is torch.float16 else 1.0
 
 # ---------------------------------------------------------------------------
 # Model
@@ -420,8 +432,8 @@ POLAR_EXPRESS = (
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """Bring all singular values of matrices (K, m, n) to about one: U S V^T becomes U V^T."""
-    x = matrices.to(COMPUTE_DTYPE)
-    x = x / (1.02 * x.norm(dim=(-2, -1), keepdim=True) + 1e-6)  # no singular value above one
+    norms = matrices.norm(dim=(-2, -1), keepdim=True)
+    x = (matrices / (1.02 * norms + 1e-6)).to(COMPUTE_DTYPE)  # no singular value above one
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     for a, b, c in POLAR_EXPRESS:
@@ -700,7 +712,7 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum:
     for _ in range(accum):
         inputs, targets, epoch = next(batches)
         loss = model(inputs, targets) / accum
-        loss.backward()
+        (LOSS_SCALE * loss).backward()
         total = total + loss.detach()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -749,16 +761,18 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
 # ---------------------------------------------------------------------------
 # Training
 
-# dense bf16 TFLOP/s by a part of the GPU's name, from NVIDIA's data sheets; the first match counts
+# Dense TFLOP/s in bf16, or in float16 for a T4, by a pattern in the GPU's name; the first match
+# counts. From NVIDIA's data sheets, but for the RTX 3060 and 4070 from cores and clock.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989}
-PEAK_TFLOPS |= {"GB200": 2500, "B200": 2250, "A100": 312, "L40S": 362}
-PEAK_TFLOPS |= {"RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 209}
+PEAK_TFLOPS |= {"GB200": 2500, "B200": 2250, "A100": 312, "L40S": 362, "A10G": 70, "T4$": 65}
+PEAK_TFLOPS |= {"RTX 3060$": 25.5, "RTX 3080$": 59.5, "RTX 3090$": 71}
+PEAK_TFLOPS |= {"RTX 4070$": 58.3, "RTX 4090$": 165, "RTX 5090$": 209}
 
 
 def mfu_percent(flops: float, seconds: float) -> str:
     """Model FLOPs utilisation: the share of the GPU's peak; n/a where the peak is not known."""
-    for name, peak in PEAK_TFLOPS.items():
-        if name in DEVICE_NAME:
+    for pattern, peak in PEAK_TFLOPS.items():
+        if re.search(pattern, DEVICE_NAME):
             return f"{100 * flops / seconds / (peak * 1e12):.2f}"
     return "n/a"
 

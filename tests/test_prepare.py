@@ -548,6 +548,7 @@ def test_without_a_network_the_default_is_python_and_says_so(cache, monkeypatch,
 
 def test_the_default_follows_the_scale(hub):
     assert prepare.default_source("full") == "climbmix"
+    assert prepare.default_source("medium") == "climbmix"
     assert prepare.default_source("small") == "tinystories"
 
 
@@ -590,6 +591,40 @@ def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
     assert result.returncode == 1 and "cannot use the NVIDIA GPU" in result.stderr.splitlines()[-1]
     hidden = run("prepare.py", "--source", CORPUS, "--scale", "small", PATH=path)
     assert hidden.returncode == 0, hidden.stderr
+
+
+@pytest.mark.parametrize(
+    "device, gigabytes, scale",
+    [
+        ("cuda", 85.0, "full"),  # an H100
+        ("cuda", 42.3, "full"),  # the smaller A100
+        ("cuda", 34.2, "medium"),  # an RTX 5090
+        ("cuda", 12.5, "medium"),  # an RTX 3060
+        ("cpu", None, "small"),
+        ("mps", None, "small"),
+    ],
+)
+def test_the_scale_follows_the_device_and_its_memory(monkeypatch, device, gigabytes, scale):
+    def properties(index):
+        return SimpleNamespace(total_memory=int(gigabytes * 1e9))
+
+    monkeypatch.setattr(prepare, "DEVICE", device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    assert prepare.default_scale() == scale
+
+
+@pytest.mark.parametrize("options, shards", [([], 6), (["--num-shards", "2"], 2)])
+def test_the_scale_gives_the_number_of_shards(tiny, monkeypatch, options, shards):
+    calls = []
+
+    def make_dataset(*arguments):
+        calls.append(arguments)
+        return tiny
+
+    monkeypatch.setattr(prepare, "make_dataset", make_dataset)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--scale", "medium", *options])
+    prepare.main()
+    assert calls == [(None, "medium", shards)]
 
 
 def test_a_mirror_without_a_scheme_is_one_sentence():

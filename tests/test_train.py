@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import asdict
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -413,6 +414,31 @@ def test_every_backend_gives_the_same_model(awake):
         assert report(name, p.grad, q.grad) <= 1e-5 * max(1, q.grad.abs().max().item())
 
 
+@pytest.mark.parametrize("scale, low, high", [(2.0**12, 0, 0.02), (1.0, 0.1, 1)])
+def test_float16_gives_the_gradients_of_float32_if_the_loss_is_scaled(
+    awake, monkeypatch, scale, low, high
+):
+    idx, targets = torch.randint(96, (2, 3, 48))
+    optimizer = SimpleNamespace(step=lambda: None, zero_grad=lambda **options: None)
+
+    def gradients(dtype, scale):
+        monkeypatch.setattr(train, "COMPUTE_DTYPE", dtype)
+        monkeypatch.setattr(train, "LOSS_SCALE", scale)
+        model = GPT(small_config())
+        model.load_state_dict(awake.state_dict())
+
+        def part_of_a_usual_batch(idx, targets):
+            return model(idx, targets) / 256
+
+        train.train_step(part_of_a_usual_batch, optimizer, iter([(idx, targets, 1)]), 1)
+        return [p.grad for p in model.parameters()]
+
+    pairs = zip(gradients(torch.float32, 1.0), gradients(torch.float16, scale), strict=True)
+    errors = [(half / scale - exact).norm() / exact.norm() for exact, half in pairs]
+    print(f"errors {min(errors):.4f} to {max(errors):.4f}")
+    assert low < max(errors) < high
+
+
 def test_short_windows_bound_what_a_token_sees(monkeypatch):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
     model = GPT(small_config(n_layer=2))
@@ -511,11 +537,12 @@ def test_the_adamw_half_is_torch_adamw_over_many_steps():
 @pytest.mark.parametrize(
     "shape", [(1, 64, 64), (1, 48, 160), (1, 160, 48), (5, 64, 96), (5, 96, 64), (3, 4, 32)]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_orthogonalize_brings_singular_values_near_one(monkeypatch, shape, dtype):
     monkeypatch.setattr(train, "COMPUTE_DTYPE", dtype)
     u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(50, 0.5, min(shape[1:]))
+    values = 1e-5 * values  # A gradient is as small, and some of its entries are zero in float16.
     matrices = u * values @ vt
     result = train.orthogonalize(matrices).float()
     assert result.shape == shape
@@ -811,6 +838,23 @@ def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
         train.grad_accum_steps(8)
 
 
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GeForce RTX 4070", 58.3),
+        ("NVIDIA GeForce RTX 4070 Ti", None),  # another chip, whose peak is not listed
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("Tesla T4", 65),
+    ],
+)
+def test_the_utilisation_is_known_for_listed_gpus_alone(monkeypatch, name, peak):
+    monkeypatch.setattr(train, "DEVICE_NAME", name)
+    expected = "n/a" if peak is None else f"{100 * 20 / peak:.2f}"
+    assert train.mfu_percent(flops=100e12, seconds=5) == expected
+
+
 # ---------------------------------------------------------------------------
 # The script from end to end, in a folder of its own
 
@@ -946,10 +990,19 @@ def test_ctrl_c_ends_training_at_once_with_130(script):
     assert process.returncode == 130 and "Traceback" not in err and time.time() - start < 5
 
 
-def test_importing_train_runs_nothing_and_fits_the_full_scale_too(tmp_path):
+@pytest.mark.parametrize(
+    "scale, shape, windows",
+    [
+        ("full", "1 2048 8192", "256 256 256 256 2048 256 256 256 2048"),
+        ("medium", "1 1024 8192", "256 256 256 1024 256 1024"),
+    ],
+)
+def test_importing_train_runs_nothing_and_fits_the_scales_for_a_gpu(
+    tmp_path, scale, shape, windows
+):
     (tmp_path / "current").write_text("p\n")
     (tmp_path / "p").mkdir()
-    (tmp_path / "p" / "meta.json").write_text(json.dumps({"scale": "full"}))
+    (tmp_path / "p" / "meta.json").write_text(json.dumps({"scale": scale}))
     code = """if True:
         import torch, train
         with torch.device("meta"):
@@ -964,8 +1017,8 @@ def test_importing_train_runs_nothing_and_fits_the_full_scale_too(tmp_path):
     options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
     result = subprocess.run([sys.executable, "-c", code], **options)
     assert result.stdout.splitlines() == [
-        "1 2048 8192",
+        shape,
         "2",
-        "256 256 256 256 2048 256 256 256 2048",
+        windows,
         "True",
     ], result.stderr
