@@ -587,7 +587,7 @@ def blocked_attention(q, k, v, window: int) -> torch.Tensor:
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def flex_backend(windows: set[int], T: int, kernel_options: dict | None = None) -> Callable:
+def flex_backend(windows: set[int], T: int) -> Callable:
     """FlexAttention, which skips the blocks that a window hides. It is fast only when compiled."""
 
     def block_mask(window: int):
@@ -603,12 +603,8 @@ def flex_backend(windows: set[int], T: int, kernel_options: dict | None = None) 
         if window not in masks or q.size(1) != T or not torch.compiler.is_compiling():
             return sdpa_attention(q, k, v, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        options = {
-            "block_mask": masks[window],
-            "enable_gqa": True,
-            "kernel_options": kernel_options,
-        }
-        return flex_attention(q, k, v, **options).transpose(1, 2)
+        y = flex_attention(q, k, v, block_mask=masks[window], enable_gqa=True)
+        return y.transpose(1, 2)
 
     return attend
 
@@ -658,8 +654,6 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
     has_short_windows = min(windows) < T - 1
     if DEVICE == "cuda" and compiled and has_short_windows:
         backends["flex"] = lambda: flex_backend(windows, T)
-        # the default needs more shared memory than an RTX 3090 or 4090 has
-        backends["flex with two stages"] = lambda: flex_backend(windows, T, {"num_stages": 2})
     for name, backend in backends.items():
         try:
             attend = backend()

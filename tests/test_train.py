@@ -221,26 +221,6 @@ def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
     assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
 
 
-def test_a_gpu_of_little_shared_memory_takes_flex_attention_with_two_stages(
-    hopper, monkeypatch, capsys
-):
-    error = "No valid triton configs. OutOfResources: out of resource: shared memory"
-
-    def too_small(attend, *args, **options):
-        if attend == "default":
-            raise RuntimeError(error)
-
-    def flex(windows, T, kernel_options=None):
-        return kernel_options or "default"
-
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
-    monkeypatch.setattr(train, "probe_attention", too_small)
-    monkeypatch.setattr(train, "flex_backend", flex)
-    picked = train.pick_attention({11, 64}, 64, compiled=True)
-    assert picked == ("flex with two stages", {"num_stages": 2})
-    assert "out of resource" in capsys.readouterr().out
-
-
 def test_a_kernel_that_breaks_the_graph_is_used_and_told_in_one_line(
     fake_kernel, hopper, monkeypatch, capsys
 ):
