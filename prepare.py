@@ -76,14 +76,14 @@ class Scale(NamedTuple):
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
     source: str  # where --source does not say it
-    num_shards: int  # of climbmix: enough for five minutes on the fastest device of this scale
+    shards: int  # of climbmix: enough for five minutes on the fastest device of this scale
 
 
 # A shard of climbmix holds 61M tokens, since there are 400B in 6,543 of them.
 SCALES = {
-    "full": Scale(2048, 8192, eval_rows=10240, source="climbmix", num_shards=16),
-    "medium": Scale(1024, 8192, eval_rows=2048, source="climbmix", num_shards=6),
-    "small": Scale(256, 2048, eval_rows=2048, source="tinystories", num_shards=2),
+    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240, source="climbmix", shards=16),
+    "medium": Scale(seq_len=1024, vocab_size=8192, eval_rows=2048, source="climbmix", shards=6),
+    "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048, source="tinystories", shards=2),
 }
 FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `medium`
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
@@ -1103,7 +1103,7 @@ def main() -> None:
     parser.add_argument("--num-shards", type=int, help="shards of climbmix to train on")
     args = parser.parse_args()
     if args.num_shards is None:
-        args.num_shards = SCALES[args.scale].num_shards
+        args.num_shards = SCALES[args.scale].shards
     if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
         parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")
     try:

@@ -111,7 +111,7 @@ def git(folder: Path, *args: str, stdin: str | None = None) -> str:
 # ---------------------------------------------------------------------------
 # Datasets
 
-TINY = prepare.Scale(32, 512, eval_rows=40, source="python", num_shards=1)
+TINY = prepare.Scale(seq_len=32, vocab_size=512, eval_rows=40, source="python", shards=1)
 
 
 @pytest.fixture
