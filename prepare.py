@@ -76,7 +76,7 @@ class Scale(NamedTuple):
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
     source: str  # where --source does not say it
-    shards: int  # of climbmix: enough for five minutes on the fastest device of this scale
+    shards: int  # of climbmix: what an H100, an RTX 5090 or a large Mac reads in five minutes
 
 
 # A shard of climbmix holds 61M tokens, since there are 400B in 6,543 of them.

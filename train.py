@@ -72,12 +72,12 @@ SHORT_WINDOW = by_scale(full=256, medium=256, small=64)  # earlier tokens that a
 ROPE_BASE = by_scale(full=200_000, medium=100_000, small=10_000)  # more for longer sequences
 GATE_CHANNELS = 32  # first channels of x, from which the gates of value embeddings are computed
 BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=0)  # rows of each table; too slow for a CPU
-CONV_TAPS = by_scale(full=0, medium=0, small=3)  # earlier tokens it sees; not tried on a GPU
+CONV_TAPS = by_scale(full=0, medium=0, small=3)  # earlier tokens that it adds; not tried on a GPU
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
 # initial values
 INIT_SCALE = by_scale(full=0.68, medium=0.68, small=1.0)  # of the matrices not zero at first
-X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # weight of the embedding in every layer
+X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # weight of the embedding that a layer gets
 
 # batch
 TOTAL_BATCH_SIZE = by_scale(full=2**18, medium=2**16, small=2**13)  # tokens in one optimizer step
@@ -93,7 +93,7 @@ CONV_LR = 0.02
 ADAM_BETAS = (0.8, 0.95)
 X0_BETAS = (0.96, 0.95)
 WEIGHT_DECAY = 0.2  # of Muon's matrices; falls to zero over the run
-VE_WEIGHT_DECAY = by_scale(full=0.003, medium=0.003, small=0.0)  # of value embeddings, bigrams too
+VE_WEIGHT_DECAY = by_scale(full=0.003, medium=0.003, small=0.0)  # of the token and bigram tables
 MOMENTUM = 0.95  # of Muon
 MOMENTUM_START = 0.85  # of Muon at the first step
 MOMENTUM_STEPS = 200  # steps from MOMENTUM_START to MOMENTUM
@@ -129,7 +129,8 @@ elif DEVICE == "cuda":
 else:
     COMPUTE_DTYPE = torch.float32
 # In float16 a gradient below 6e-8 becomes zero, and many are that small. So the loss is multiplied
-# there. The gradients keep this factor, because the size of an update does not depend on it.
+# by LOSS_SCALE. The gradients keep this factor, because Muon and AdamW divide a gradient by its own
+# size. An optimizer or a clipping that does not must divide by LOSS_SCALE first.
 LOSS_SCALE = 2.0**12 if COMPUTE_DTYPE is torch.float16 else 1.0
 
 # ---------------------------------------------------------------------------
@@ -756,11 +757,11 @@ def fit_batch(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer) -> i
 # Training
 
 # Dense TFLOP/s in bf16, or in float16 for a T4, by a pattern in the GPU's name; the first match
-# counts. From NVIDIA's data sheets, but for the RTX 3060 and 4070 from cores and clock.
+# counts. From NVIDIA's data sheets; for the RTX 3060, 4060 and 4070 from cores and clock.
 PEAK_TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989}
 PEAK_TFLOPS |= {"GB200": 2500, "B200": 2250, "A100": 312, "L40S": 362, "A10G": 70, "T4$": 65}
-PEAK_TFLOPS |= {"RTX 3060$": 25.5, "RTX 3080$": 59.5, "RTX 3090$": 71}
-PEAK_TFLOPS |= {"RTX 4070$": 58.3, "RTX 4090$": 165, "RTX 5090$": 209}
+PEAK_TFLOPS |= {"RTX 3060$": 25.5, "RTX 3080$": 59.5, "RTX 3090$": 71, "RTX 4060$": 30.2}
+PEAK_TFLOPS |= {"RTX 4070$": 58.3, "RTX 4090$": 165, "RTX 5090$": 209.5}
 
 
 def mfu_percent(flops: float, seconds: float) -> str:

@@ -522,7 +522,7 @@ def test_orthogonalize_brings_singular_values_near_one(monkeypatch, shape, dtype
     monkeypatch.setattr(train, "COMPUTE_DTYPE", dtype)
     u, _, vt = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     values = torch.linspace(50, 0.5, min(shape[1:]))
-    values = 1e-5 * values  # A gradient is as small, and some of its entries are zero in float16.
+    values = 1e4 * values  # float16 ends at 65,504, and a gradient need not.
     matrices = u * values @ vt
     result = train.orthogonalize(matrices).float()
     assert result.shape == shape
@@ -562,6 +562,23 @@ def test_a_muon_step_is_orthogonal_with_even_neurons_and_keeps_its_size(
         assert rms.max() / rms.min() < 1.01
         values = torch.linalg.svdvals(update)
         assert values.min() > 0.6 and values.max() < 1.5
+
+
+def test_an_update_does_not_depend_on_the_scale_of_the_gradients(monkeypatch):
+    monkeypatch.setattr(train, "COMPUTE_DTYPE", torch.float32)
+    models = [GPT(small_config(bigram_rows=64)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [MuonAdamW(model.param_groups(), compiled=False) for model in models]
+    before = [p.detach().clone() for p in models[0].parameters()]
+    for _ in range(3):
+        for p, q in zip(*(model.parameters() for model in models), strict=True):
+            p.grad = 0.01 * torch.randn_like(p)
+            q.grad = 2**12 * p.grad
+        for optimizer in optimizers:
+            train.schedule(optimizer, 0, 0.0)
+            optimizer.step()
+    for p, q, start in zip(*(model.parameters() for model in models), before, strict=True):
+        assert (q - p).norm() < 0.01 * (p - start).norm()
 
 
 def test_muon_keeps_its_momentum(monkeypatch):
