@@ -72,12 +72,13 @@ SHORT_WINDOW = by_scale(full=256, medium=256, small=64)  # earlier tokens that a
 ROPE_BASE = by_scale(full=200_000, medium=100_000, small=10_000)  # more for longer sequences
 GATE_CHANNELS = 32  # first channels of x, from which the gates of value embeddings are computed
 BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=0)  # rows of each table; too slow for a CPU
-CONV_TAPS = by_scale(full=0, medium=0, small=3)  # earlier tokens that it adds; not tried on a GPU
+# The convolution adds so many earlier tokens to each. It was not tried on a GPU.
+CONV_TAPS = by_scale(full=0, medium=0, small=3)
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
 # initial values
 INIT_SCALE = by_scale(full=0.68, medium=0.68, small=1.0)  # of the matrices not zero at first
-X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # weight of the embedding that a layer gets
+X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # of the embedding that every layer gets back
 
 # batch
 TOTAL_BATCH_SIZE = by_scale(full=2**18, medium=2**16, small=2**13)  # tokens in one optimizer step
