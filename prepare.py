@@ -1083,9 +1083,12 @@ def print_summary(rest: dict) -> None:
 
 
 def fetch_attention_kernel() -> None:
-    """Put FlashAttention-3 into the hub's cache and note where, for training without a network."""
-    if torch.cuda.get_device_capability()[0] not in (8, 9):  # Ampere, Ada, Hopper
-        return
+    """Put FlashAttention-3 into the hub's cache and note where, for training without a network.
+
+    A login node without a GPU fetches it for the machines that train.
+    """
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] not in (8, 9):
+        return  # it needs Ampere, Ada or Hopper
     from kernels import install_kernel
 
     repo, version = ATTENTION_KERNEL
@@ -1110,7 +1113,7 @@ def main() -> None:
         folder = make_dataset(args.source, args.scale, args.num_shards)
     except OSError as error:
         stop(f"{error.filename or CACHE}: {error.strerror or error}")
-    if DEVICE == "cuda":
+    if DEVICE == "cuda" or args.scale != "small":
         fetch_attention_kernel()
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):

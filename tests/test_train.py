@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CORPUS, CUDA, EAGER, ENV, GPU, ROOT, USERS_CACHE, summary
+from conftest import CORPUS, CUDA, EAGER, ENV, GPU, ROOT, TINY, USERS_CACHE, summary
 
 import prepare
 import train
@@ -187,6 +187,19 @@ def test_a_kernel_that_cannot_be_fetched_is_told_in_one_line(hopper, monkeypatch
     monkeypatch.setattr("kernels.install_kernel", unreachable)
     prepare.fetch_attention_kernel()
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize("scale, fetched", [("tiny", True), ("small", False)])
+def test_a_login_node_without_a_gpu_fetches_the_kernel_for_the_larger_scales(
+    scale, fetched, monkeypatch, cache
+):
+    monkeypatch.setitem(prepare.SCALES, scale, TINY)
+    monkeypatch.setattr(prepare, "DEVICE", "cpu")
+    monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
+    monkeypatch.setattr("kernels.install_kernel", lambda repo, version: "/the/kernel")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--scale", scale, "--source", str(CORPUS)])
+    prepare.main()
+    assert (cache / "attention_kernel").exists() == fetched
 
 
 @pytest.mark.parametrize(
