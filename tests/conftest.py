@@ -52,7 +52,7 @@ USERS_CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearc
 
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
-for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED"):
+for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "LAUNCH", "SEED"):
     os.environ.pop(name, None)
 # With its bytecode on disk torch is imported in half the time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -7,15 +7,21 @@ runs Python and nothing else, and `sleep` is short. All other things are real: g
 and prepare.py, which the setup asks whether text is prepared.
 """
 
+import copy
+import getpass
 import math
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,10 +51,14 @@ def inline(start: str) -> str:
 
 SETUP = blocks("Setup")[0]
 RESUME = blocks("Resume")[0]
-WORKTREE = blocks("Several GPUs")[0]
 LOAD, EXPERIMENT = blocks("One experiment")[:2]
 COMMIT, RUN_AND_POLL, FINISH = (line.split("  ")[0] for line in EXPERIMENT.splitlines())
 (RULE,) = (block for block in blocks("The keep rule") if block.startswith("#:"))
+
+# The lines of README.md for many GPUs.
+README = (ROOT / "README.md").read_text()
+WORKTREE, REMOTE = re.findall(r"^(git (?:worktree|init) .*?)  +#", README, re.MULTILINE)
+SLURM, SSH, POD = re.findall(r"^export LAUNCH='(.*)'", README, re.MULTILINE)
 
 # A human may write another keep rule into program.md. These tests put this one in its place.
 TWO_SEEDS = r"""#: the keep rule
@@ -71,8 +81,9 @@ SHARED = " [0123456789ab, sdpa, Stub GPU, 80 GB]"  # for the baseline only
 # ---------------------------------------------------------------------------
 # A stub in place of train.py
 
-# Two variables of the environment change what it does. STUB_LOAD raises every val_bpb by a number
-# and takes that share of the steps. STUB_HANGS_AT names a seed with which it hangs.
+# Three variables of the environment change what it does. STUB_LOAD raises every val_bpb by a number
+# and takes that share of the steps. STUB_HANGS_AT names a seed with which it hangs. STUB_SLEEP is
+# how long it sleeps where it is slow, in seconds.
 STUB = """
 import faulthandler, os, sys, time
 from pathlib import Path
@@ -82,7 +93,7 @@ seed, kind, nan, inf = int(os.environ["SEED"]), {kind!r}, float("nan"), float("i
 load = float(os.environ.get("STUB_LOAD", 0))
 if kind == "slow" or os.environ.get("STUB_HANGS_AT") == str(seed):
     print("compiling", flush=True)
-    time.sleep(60)
+    time.sleep(float(os.environ.get("STUB_SLEEP", {sleeps})))
 if kind == "hang":
     faulthandler.dump_traceback_later(0.2, exit=True, file=sys.__stderr__)
     time.sleep(60)
@@ -93,8 +104,17 @@ if kind == "nan":
     sys.exit(1)
 if kind == "bug":
     raise ValueError("val_bpb is 0.1")
-if kind == "edit":
+if kind == "killed":
+    os.kill(os.getpid(), 9)
+if kind == "memory":
+    print("compiling", flush=True)
+    memory = b"1" * 2**29
+    time.sleep(60)
+if kind in ("edit", "edit and undo"):
+    code = Path("train.py").read_text()
     Path("train.py").write_text("# the next idea")
+    if kind == "edit and undo":
+        Path("train.py").write_text(code)
 for step in range(1, 31):
     print(f"step {{step:05d}} | loss {{5 - step / 10:.4f}}")
 print("evaluating")
@@ -120,6 +140,7 @@ sys.exit(kind == "late")
 def stub(
     *values: float,
     kind: str = "train",
+    sleeps: float = 60,
     seeds: tuple = (1, 2, 3),
     steps: tuple = (900, 896, 890),
     attention: str = "sdpa",
@@ -129,16 +150,19 @@ def stub(
 
     The steps are those of each run. Another kind ends in another way:
 
-    "slow"     says that it compiles, and sleeps for a minute
+    "slow"     says that it compiles, and sleeps for so many seconds
     "hang"     hangs, and the watchdog ends it
     "refused"  is a model that the harness refuses
     "nan"      ends because its loss is no number
     "bug"      raises an error
+    "killed"   is killed, as when memory runs out
+    "memory"   takes half a GB and sleeps for a minute
     "edit"     changes train.py, as an agent would who does not wait
+    "edit and undo"  changes train.py and changes it back
     "late"     fails after its summary
     "two numbers"  prints a val_bpb of its own before its summary
     """
-    facts = {"values": values, "seeds": seeds, "steps": steps}
+    facts = {"values": values, "seeds": seeds, "steps": steps, "sleeps": sleeps}
     return STUB.format(kind=kind, attention=attention, harness=harness, **facts)
 
 
@@ -163,7 +187,7 @@ class Night:
     """
 
     def __init__(self, folder: Path, shell: str = "sh", rule: str = TWO_SEEDS):
-        self.folder, self.shell = folder / "clone", shell
+        self.folder, self.shell, self.tag = folder / "clone", shell, "mar5"
         tools = folder / "bin"
         tools.mkdir(parents=True)
         scripts = {
@@ -217,11 +241,22 @@ class Night:
 
     def begin(self, rows: str = "") -> None:
         """Begin the night without asking prepare.py, which takes seconds, and with some rows."""
-        self.git("switch", "-qc", "autoresearch/mar5")
-        self.git("update-ref", "refs/autoresearch/mar5/start", "HEAD")
+        self.git("switch", "-qc", f"autoresearch/{self.tag}")
+        self.git("update-ref", f"refs/autoresearch/{self.tag}/start", "HEAD")
         (self.folder / "results.tsv").write_text(HEADER + rows)
         table = self.git("hash-object", "-w", "results.tsv")
-        self.git("update-ref", "refs/autoresearch/mar5/table", table)
+        self.git("update-ref", f"refs/autoresearch/{self.tag}/table", table)
+
+    def worktree(self, name: str) -> "Night":
+        """Another agent, in a worktree of this clone, who has begun with the same baseline."""
+        other = copy.copy(self)
+        other.folder, other.tag = self.folder.parent / name, f"mar5-{name}"
+        other.env = {**self.env}
+        done = self.sh(WORKTREE.replace("gpu1", name))
+        assert done.returncode == 0, done.stdout
+        other.git("switch", "-q", "--detach", "main")
+        other.begin(f"{other.head()}\t{BASELINE}")
+        return other
 
     def commit(self, train: str, message: str = "an idea") -> str:
         """Write this train.py and commit it. Returns the commit."""
@@ -305,7 +340,7 @@ def night(request, tmp_path_factory) -> Night:
     )
     commits["too simple"] = night.experiment(stub(1.73), "delete the MLP", run="simpler")
     commits["bug"] = night.experiment(stub(kind="bug"), "a slip")
-    bring_back = inline("git cherry-pick -n").replace("1a2b3c4", commits["bug"])
+    bring_back = inline('git cherry-pick -n "$night').replace("1a2b3c4", commits["bug"])
     assert night.do(bring_back).returncode == 0
     assert (night.folder / "train.py").read_text() == stub(kind="bug")
     commits["mended"] = night.experiment(stub(1.9), "the slip mended")
@@ -434,8 +469,7 @@ def test_the_readmes_runs_with_fresh_seeds_are_rows_that_decide_nothing(tmp_path
     night.begin(f"{baseline}\t{BASELINE}")
     kept = night.experiment(stub(1.6, 1.61, 1.62, 1.63, 1.64, **five), "a win")
     night.experiment(stub(1.8), "a loss")
-    readme = (ROOT / "README.md").read_text()
-    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "fresh" in b)
+    (block,) = (b for b in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "fresh" in b)
     done = night.sh(block)
     assert done.returncode == 0, done.stdout
     assert night.rows()[3:] == [
@@ -565,7 +599,7 @@ def test_the_row_comes_before_the_next_run_and_only_once(started):
 
 
 def test_a_run_outlives_the_process_group_of_its_command_and_a_hangup(started):
-    started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(1)", 1))
+    started.commit(stub(1.8, kind="slow", sleeps=1))
     assert started.do("run").returncode == 0  # The process group of this command is dead by now.
     started.wait_for("compiling")
     os.killpg(started.group(), signal.SIGHUP)
@@ -601,8 +635,9 @@ def test_finish_waits_for_an_edit_that_is_not_committed(started):
     assert started.finish("a loss").returncode == 0
 
 
-def test_an_edit_between_two_seeds_is_not_trained(started):
-    commit = started.commit(stub(1.6, 1.6, kind="edit"))
+@pytest.mark.parametrize("kind", ["edit", "edit and undo"])
+def test_a_run_whose_file_was_edited_meanwhile_does_not_count(started, kind):
+    commit = started.commit(stub(1.6, 1.6, kind=kind))
     assert started.do("run").returncode == 0
     shown = started.do("poll").stdout
     assert "train.py was changed" in shown and shown.splitlines()[-1].startswith("the run has died")
@@ -773,19 +808,6 @@ def test_a_death_while_the_row_is_written_costs_nothing(started, moment):
     assert [row[1] for row in started.rows()] == ["1.710000", "1.800000", "1.900000"]
 
 
-def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
-    started.git("switch", "-q", "main")
-    assert started.sh(WORKTREE).returncode == 0
-    first, started.folder = started.folder, started.folder.parent / "gpu1"
-    done = started.sh(SETUP.replace("mar5", "mar5-gpu1"))
-    assert (done.returncode, done.stdout) == (0, ""), done.stdout
-    started.experiment(None, "baseline")
-    commit = started.experiment(stub(1.6, 1.6), "a win")
-    assert [row[3] for row in started.rows()] == ["keep", "keep"]
-    assert started.git("rev-parse", "--short=7", "autoresearch/mar5-gpu1") == commit
-    assert len((first / "results.tsv").read_text().splitlines()) == 2
-
-
 # ---------------------------------------------------------------------------
 # No second roll, and no other number
 
@@ -831,7 +853,7 @@ def test_what_was_measured_again_counts_unless_it_was_disturbed(started):
 
 
 def test_every_start_is_noted_and_the_row_says_how_many_there_were(started):
-    started.commit(stub(1.8, kind="slow").replace("sleep(60)", "sleep(2)", 1))
+    started.commit(stub(1.8, kind="slow", sleeps=2))
     for _ in range(2):
         assert started.do("run").returncode == 0
         started.kill_job("compiling")
@@ -992,3 +1014,664 @@ def test_three_seeds_and_a_margin_are_a_line_each(tmp_path):
     # Three experiments have three runs, and so three pairs each.
     gap = (0.02 + 0.01 + 0.01 + 0 + 0.02 + 0.02 + 0 + 0.001 + 0.001) / 9
     assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------
+# Runs that LAUNCH starts elsewhere
+
+
+def tool(night: Night, name: str, text: str) -> None:
+    """Put a script in the place of a program, for the commands of this agent."""
+    path = night.folder.parent / "bin" / name
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_launch_starts_every_seed(started):
+    tool(started, "srun", 'echo "on node $* with seed $SEED"; shift; exec "$@"')
+    started.env["LAUNCH"] = "srun --gpus=h100:1"
+    started.experiment(stub(1.6, 1.6), "a win")
+    shown = [line for line in started.log().splitlines() if line.startswith("on node")]
+    assert shown == [f"on node --gpus=h100:1 uv run train.py with seed {seed}" for seed in (1, 2)]
+    assert started.rows()[-1][3] == "keep" and not started.git("status", "--short")
+
+
+def test_launch_counts_even_if_it_is_not_exported(started):
+    tool(started, "srun", 'echo "on a node"; exec "$@"')
+    started.commit(stub(1.8))
+    assert started.do("LAUNCH=srun; run && poll").returncode == 0
+    assert "on a node" in started.log()
+
+
+# What a real Slurm 22.05 printed, what ssh and kubectl print, and with which codes they ended.
+TASK = "srun: error: n1: task 0:"
+ABORTED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish."
+CANCELLED = "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-22T04:58:06"
+CRASHES = {
+    "an error": (1, f"{TASK} Exited with exit code 1"),
+    "a kill": (137, f"{TASK} Killed\nsrun: Force Terminated StepId=3.0"),
+    "memory": (
+        1,
+        "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=4.0. Some of your processes may "
+        f"have been killed by the cgroup out-of-memory handler.\n{TASK} Out Of Memory",
+    ),
+    "memory, as newer versions say it": (
+        137,
+        f"slurmstepd: error: Detected 1 oom_kill event in StepId=4.0.\n{TASK} Out Of Memory",
+    ),
+    "memory, by accounting": (
+        137,
+        "slurmstepd: error: StepId=4.0 exceeded memory limit (9 > 8), being killed\n"
+        f"{CANCELLED} ***\n{TASK} Killed",
+    ),
+    "a time limit": (143, f"{ABORTED}\n{CANCELLED} DUE TO TIME LIMIT ***\n{TASK} Terminated"),
+}
+LOSSES = {
+    "preempted": (143, f"{ABORTED}\n{CANCELLED} DUE TO PREEMPTION ***\n{TASK} Terminated"),
+    "cancelled": (143, f"{ABORTED}\n{CANCELLED} ***\n{TASK} Terminated"),
+    "the step cancelled": (137, f"{CANCELLED} ***\n{ABORTED}\n{TASK} Killed"),
+    "a node that died": (0, "srun: error: Node failure on n1\nsrun: error: Node failure on n1"),
+    "cancelled in the queue": (
+        1,
+        "srun: job 12 queued and waiting for resources\nsrun: Job has been cancelled\n"
+        "srun: error: Unable to allocate resources: Job/step already completing or completed",
+    ),
+    "revoked": (
+        1,
+        "srun: job 1 queued and waiting for resources\nsrun: Job allocation 1 has been revoked\n"
+        "srun: Force Terminated JobId=1",
+    ),
+    "no controller": (
+        1,
+        "srun: error: Unable to allocate resources: Unable to contact slurm controller "
+        "(connect failure)",
+    ),
+    "no program": (2, f"{TASK} Exited with exit code 2"),
+    "a node without its GPU": (
+        1,
+        "error: torch 2.11.0+cu130 cannot use the NVIDIA GPU here: no driver\n"
+        f"{TASK} Exited with exit code 1",
+    ),
+    "ssh": (255, "client_loop: send disconnect: Broken pipe"),
+    "kubectl, a broken stream": (0, ""),
+    "kubectl, no pod": (1, 'Error from server (NotFound): pods "gpu1" not found'),
+}
+
+
+CRASHES["an error in a pod"] = (1, "command terminated with exit code 1")
+
+
+def lose(night: Night, code: int, says: str) -> None:
+    """Run the commit at HEAD elsewhere, where it ends with this code after these words."""
+    words = shlex.quote(says)
+    program = "srun" if "srun" in says else "ssh" if code == 255 else "kubectl"
+    tool(night, program, f"echo compiling\nprintf '%s\\n' {words} >&2\nexit {code}")
+    night.run(LAUNCH=program)
+
+
+@pytest.mark.parametrize("code, says", CRASHES.values(), ids=CRASHES)
+def test_a_crash_on_a_node_is_a_crash(started, code, says):
+    commit = started.commit(stub(1.6, 1.6))
+    lose(started, code, says)
+    assert started.finish("a large model").returncode == 0
+    assert started.rows()[-1] == [commit, "0.000000", "0.0", "crash", "a large model"]
+
+
+@pytest.mark.parametrize("code, says", LOSSES.values(), ids=LOSSES)
+def test_what_the_engine_loses_gets_no_row_and_is_repeated(started, code, says):
+    commit = started.commit(stub(1.6, 1.6))
+    lose(started, code, says)
+    refuses(started.finish("a win"), "run repeats it")
+    refuses(started.finish("a win", "drop"), "run repeats it")
+    assert len(started.rows()) == 1 and started.head() == commit
+    started.run()
+    assert started.finish("a win").returncode == 0
+    assert started.rows()[-1][3:] == [
+        "keep",
+        f"a win (started 2 times){TWO_RUNS} (1.600000, 1.600000)",
+    ]
+
+
+def test_what_is_lost_three_times_may_be_dropped(started):
+    started.commit(stub(1.6, 1.6))
+    for _ in range(3):
+        refuses(started.finish("an idea", "drop"), "")
+        lose(started, *LOSSES["ssh"])
+    refuses(started.finish("an idea"), "run repeats it")
+    assert started.finish("an idea", "drop").returncode == 0
+    assert started.rows()[-1][3:] == ["crash", "an idea (started 3 times)"]
+
+
+def test_without_launch_a_run_without_a_summary_is_a_crash(started):
+    started.experiment("check_model = print\ncheck_model(1)\n", "it prints nothing")
+    assert started.rows()[-1][3] == "crash"
+
+
+NEEDS_SSHD = pytest.mark.skipif(
+    not all(map(shutil.which, ("sshd", "flock"))), reason="needs an ssh server, and flock"
+)
+
+
+def test_a_commit_that_is_shipped_is_what_trains_whatever_train_py_becomes(started):
+    pod = started.folder.parent / "pod" / "mar5"
+    pod.mkdir(parents=True)
+    wait_and_do = f'while ! [ -e {pod}/go ]; do sleep 1; done; cd {pod}/..; shift 4; exec "$@"'
+    tool(started, "kubectl", wait_and_do)  # in place of `kubectl exec -i gpu1 --`
+    started.env["LAUNCH"] = POD
+    commit = started.commit(stub(1.6, 1.62))
+    assert started.do("run").returncode == 0
+    started.wait_for("began")
+    started.commit(stub(1.9), "the next idea")
+    (started.folder / "train.py").write_text("# and another one")
+    (pod / "go").touch()
+    assert "exit: 0" in started.do("poll").stdout
+    started.git("reset", "-q", "--hard", commit)
+    assert started.finish("a win").returncode == 0
+    assert started.rows()[-1][:2] == [commit, "1.610000"]
+    assert (pod / "prepare.py").read_bytes() == (ROOT / "prepare.py").read_bytes()
+
+
+@NEEDS_SSHD
+def test_runs_over_ssh_have_their_seed_their_log_and_their_exit_code(started, ssh):
+    started.env["LAUNCH"] = SSH
+    started.experiment(stub(1.6, 1.62), "a win")
+    started.experiment(stub(kind="bug"), "a slip")
+    assert "ValueError: val_bpb is 0.1" in started.log() and "exit: 1\n" in started.log()
+    assert [row[1] for row in started.rows()[1:]] == ["1.610000", "0.000000"]
+
+
+@NEEDS_SSHD
+def test_two_agents_in_one_folder_of_a_machine_wait_for_each_other(started, ssh):
+    agents = {1.5: started, 1.4: started.worktree("gpu1")}
+    for value, agent in agents.items():
+        agent.env["LAUNCH"] = SSH
+        agent.commit(stub(value, value, kind="slow", sleeps=1))
+        assert agent.do("run").returncode == 0
+    for value, agent in agents.items():
+        agent.do("poll")
+        assert agent.finish("a win").returncode == 0
+        assert float(agent.rows()[-1][1]) == value
+
+
+@NEEDS_SSHD
+def test_a_machine_without_the_folder_says_nothing_of_the_idea(started, ssh):
+    started.env["LAUNCH"] = SSH.replace("cd mar5", "cd mar6")
+    started.commit(stub(1.6, 1.6))
+    started.run()
+    refuses(started.finish("a win"), "run repeats it")
+
+
+@NEEDS_SSHD
+def test_a_run_whose_connection_broke_is_repeated_when_the_first_has_ended(started, ssh):
+    started.env["LAUNCH"] = SSH
+    started.commit(stub(1.8, kind="slow", sleeps=3))
+    assert started.do("run").returncode == 0
+    started.wait_for("compiling")
+    subprocess.run(["pkill", "-9", "-P", str(ssh.pid)], check=True)
+    assert "exit: 255" in started.do("poll").stdout
+    refuses(started.finish("a loss"), "run repeats it")
+    began = time.monotonic()
+    started.run()
+    assert time.monotonic() - began > 4  # It waited for the end of the first and slept itself.
+    assert started.finish("a loss").returncode == 0
+    ssh.kill()
+    ssh.wait()
+    started.commit(stub(1.7))
+    assert "exit: 255" in started.run()
+
+
+@pytest.fixture
+def ssh(started, tmp_path) -> Iterator[subprocess.Popen]:
+    """A real ssh server. `ssh gpu1` reaches it, in a home that has the folder `mar5` and uv."""
+    home = tmp_path / "home"
+    (home / "mar5").mkdir(parents=True)
+    shutil.copytree(tmp_path / "bin", home / ".local" / "bin")
+    for key in ("host", "user"):
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key]
+        subprocess.run(command, check=True)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    options = {
+        "ListenAddress": f"127.0.0.1:{port}",
+        "HostKey": tmp_path / "host",
+        "AuthorizedKeysFile": tmp_path / "user.pub",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "ForceCommand": f'export HOME={home}; cd; sh -c "$SSH_ORIGINAL_COMMAND"',
+    }
+    (tmp_path / "sshd_config").write_text("".join(f"{k} {v}\n" for k, v in options.items()))
+    client = (
+        f"-p {port} -i {tmp_path}/user -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
+    )
+    tool(started, "ssh", f'exec {shutil.which("ssh")} {client} -o HostName=127.0.0.1 "$@"')
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)  # sshd wants this folder
+    with subprocess.Popen(
+        [shutil.which("sshd"), "-D", "-e", "-f", tmp_path / "sshd_config"]
+    ) as server:
+        yield server
+        server.kill()
+
+
+def test_a_run_that_another_login_node_started_is_under_way_while_its_log_grows(started):
+    started.commit(stub(1.8, kind="slow"))
+    assert started.do("run").returncode == 0
+    started.kill_job("compiling")
+    log = started.folder / "run.log"
+    log.write_text(re.sub("run host: .*", "run host: login2", log.read_text()))
+    refuses(started.do("run"), "under way")
+    ago = time.time() - 16 * 60
+    os.utime(log, (ago, ago))
+    assert "the run has died" in started.do("poll").stdout
+    # In a queue a log does not grow. Slurm knows whether the job is still there.
+    with log.open("a") as file:
+        file.write("srun: job 12 queued and waiting for resources\n")
+    for says, there in [
+        ("12 gpu train.py", True),
+        ("", False),
+        ("slurm_load_jobs error: Invalid job id specified", False),
+        ("slurm_load_jobs error: Unable to contact slurm controller", True),
+    ]:
+        tool(started, "squeue", f'[ "$*" = "-h -j 12" ] && echo "{says}" | grep . >&2')
+        os.utime(log, (ago, ago))
+        shown = started.do("poll 1").stdout
+        assert ("queued and waiting" in shown.splitlines()[-1]) == there
+        assert ("the run has died" in shown) != there
+
+
+def test_a_job_that_was_given_up_and_lives_on_has_no_part_in_the_next_result(started):
+    commit = started.commit(stub(1.8, kind="slow"))
+    assert started.do("run", STUB_SLEEP="2").returncode == 0
+    started.wait_for("compiling")
+    first = started.group()
+    ago = time.time() - 16 * 60
+    os.utime(started.folder / "run.log", (ago, ago))
+    assert started.do("run", STUB_SLEEP="5").returncode == 0
+    with suppress(ProcessLookupError):
+        while True:  # until the first job has ended
+            os.killpg(first, 0)
+            time.sleep(0.05)
+    assert "exit:" not in started.log()
+    refuses(started.finish("a loss"), "no experiment waits")
+    assert "exit: 0" in started.do("poll").stdout
+    assert started.finish("a loss").returncode == 0
+    assert [row[:2] for row in started.rows()[1:]] == [[commit, "1.800000"]]
+    refuses(started.finish("a loss"), "no experiment waits")
+
+
+# ---------------------------------------------------------------------------
+# Agents who see each other
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_others_shows_bars_and_what_is_tried_now_and_the_rows_that_match(started, shell):
+    started.shell = shell
+    gpu1, gpu2 = started.worktree("gpu1"), started.worktree("gpu2")
+    win = gpu1.experiment(stub(1.6, 1.6), "rope base 200k")
+    gpu1.experiment(stub(1.9), "RoPE base 1k")
+    idea = gpu2.commit(stub(1.7), r"no \cos in the last layer")
+    base = started.rows()[0][0]
+    first, *rows, second, own = started.do("others rope").stdout.splitlines()
+    assert first == f"mar5-gpu1, bar 1.600000 at {win}{SHARED}"
+    assert rows == ["mar5-gpu1: " + "\t".join(row) for row in gpu1.rows()[1:]]
+    tries = rf", tries {idea} no \\cos in the last layer, \d+ seconds? ago"
+    bar = f"bar 1.710000 at {base}{SHARED}"
+    assert re.fullmatch(re.escape(f"mar5-gpu2, {bar}") + tries, second), second
+    assert own == f"mar5, {bar}"
+    assert len(started.do("others").stdout.splitlines()) == 3
+
+
+def test_what_is_taken_over_is_an_experiment_like_any_other(started):
+    gpu1 = started.worktree("gpu1")
+    win = gpu1.experiment(stub(1.6, 1.6), "a win")
+    assert started.do(inline("git checkout").replace("1a2b3c4", win)).returncode == 0
+    started.git("commit", "-qm", "from mar5-gpu1")
+    started.run()
+    assert started.finish(f"from mar5-gpu1 {win}: a win").returncode == 0
+    assert started.rows()[-1][3] == "keep" and started.head() != win
+    change = gpu1.experiment(stub(1.5, 1.5), "another win")
+    assert (
+        started.do(inline("git cherry-pick -n 1a2b3c4").replace("1a2b3c4", change)).returncode == 0
+    )
+    assert (started.folder / "train.py").read_text() == stub(1.5, 1.5)
+
+
+def test_eight_agents_at_once_lose_no_row(started):
+    agents = [started.worktree(f"gpu{number}") for number in range(1, 9)]
+
+    def work(agent: Night) -> None:
+        for value in (1.6, 1.8):
+            agent.experiment(stub(value, value), f"idea of {agent.tag}")
+
+    # Git packs its refs by itself now and then, which takes locks.
+    packing = subprocess.Popen(
+        ["sh", "-c", "while git pack-refs --all; do sleep 0.1; done"],
+        cwd=started.folder,
+        env=GIT_ENV,
+    )
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, agents))
+    assert packing.poll() is None  # It went on to the end.
+    packing.kill()
+    packing.wait()
+    for agent in agents:
+        values = [(row[1], row[3]) for row in agent.rows()[1:]]
+        assert values == [("1.600000", "keep"), ("1.800000", "discard")]
+        table = agent.git("cat-file", "-p", f"refs/autoresearch/{agent.tag}/table")
+        assert table == (agent.folder / "results.tsv").read_text().strip()
+
+
+def test_clones_meet_in_a_remote_that_may_go_away_and_come_back(tmp_path):
+    first = Night(tmp_path / "first")
+    first.begin(f"{first.head()}\t{BASELINE}")
+    shared = tmp_path / "night.git"
+    assert first.sh(REMOTE.replace("/shared/night.git", str(shared))).returncode == 0
+    second = Night(tmp_path / "second")
+    second.tag = "mar5-gpu2"
+    second.begin(f"{second.head()}\t{BASELINE}")
+    second.git("remote", "add", "night", str(shared))
+
+    win = first.experiment(stub(1.6, 1.6), "a win")
+    assert f"mar5, bar 1.600000 at {win}" in second.do("others").stdout
+    assert second.do(inline("git checkout").replace("1a2b3c4", win)).returncode == 0
+    second.git("reset", "-q", "--hard")
+    claim = second.commit(stub(1.9), "an idea")
+    second.run()
+    assert f"tries {claim} an idea" in first.do("others").stdout
+
+    shared.rename(tmp_path / "away")
+    refused = second.finish("an idea")
+    assert refused.returncode == 0 and "cannot be reached" in refused.stdout
+    lost = first.experiment(stub(1.65), "tried while it was away")
+    assert "cannot be reached" in first.do("others").stdout
+    (tmp_path / "away").rename(shared)
+    assert "tried while" not in second.do("others tried").stdout
+    again = first.experiment(stub(1.66), "tried when it was back")
+    shown = second.do("others tried").stdout
+    assert lost in shown and again in shown and f"bar 1.600000 at {win}" in shown
+    assert second.rows()[-1][0] == claim and len(first.rows()) == 4
+    # A third clone with the tag of the first one is told so.
+    third = Night(tmp_path / "third")
+    third.git("remote", "add", "night", str(shared))
+    assert "refs/autoresearch/mar5/table" in third.sh(SETUP).stdout
+    assert third.git("branch", "--format=%(refname:short)") == "main"
+
+
+# ---------------------------------------------------------------------------
+# A real Slurm, where it is installed
+
+
+class Slurm:
+    """A Slurm cluster on this machine: a controller, and four nodes with a GPU each, all in name.
+
+    `processes` has its daemons by name, and `says` asks them something through a command.
+    """
+
+    PROGRAMS = ("munged", "slurmctld", "slurmd", "srun")
+    CONF = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthInfo=socket={folder}/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmdParameters=config_overrides
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=5
+KillWait=2
+ReturnToService=2
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=1
+JobAcctGatherParams=OverMemoryKill
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=sched_interval=2
+PreemptType=preempt/partition_prio
+PreemptMode=CANCEL
+GresTypes=gpu
+MpiDefault=none
+NodeName=n[1-4] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=16 \
+RealMemory=128000 Gres=gpu:h100:1
+PartitionName=gpu Nodes=n[1-4] Default=YES PriorityTier=1
+PartitionName=urgent Nodes=n[1-4] PriorityTier=2 PreemptMode=OFF
+"""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen] = {}
+        port = 20000 + os.getpid() % 10000
+        facts = {"host": socket.gethostname(), "user": getpass.getuser(), "folder": folder}
+        facts |= {"port": port, "first": port + 1, "last": port + 4}
+        (folder / "slurm.conf").write_text(self.CONF.format(**facts))
+        gpus = "NodeName=n[1-4] Name=gpu Type=h100 File=/dev/null\n"
+        (folder / "gres.conf").write_text(gpus)
+        (folder / "key").write_bytes(os.urandom(64))
+        (folder / "key").chmod(0o400)
+        for name in ("state", "n1", "n2", "n3", "n4"):
+            (folder / name).mkdir()
+        self.env = {**GIT_ENV, "SLURM_CONF": str(folder / "slurm.conf")}
+        files = [f"--{name}-file={folder}/munge.{name}" for name in ("log", "pid", "seed")]
+        socket_and_key = f"--socket={folder}/munge", f"--key-file={folder}/key"
+        self.start("munged", "munged", "-F", "--force", *socket_and_key, *files)
+        self.start_controller()
+        for node in ("n1", "n2", "n3", "n4"):
+            self.start_node(node)
+
+    def start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("a") as log:
+            self.processes[name] = subprocess.Popen(command, env=self.env, stdout=log, stderr=log)
+
+    def start_controller(self) -> None:
+        self.start("slurmctld", "slurmctld", "-D", "-f", f"{self.folder}/slurm.conf")
+
+    def start_node(self, name: str) -> None:
+        self.start(name, "slurmd", "-D", "-N", name)
+
+    def kill(self, name: str) -> None:
+        self.processes[name].kill()
+        self.processes[name].wait()
+
+    def says(self, command: str) -> str:
+        """What a command of Slurm prints, whether it fails or not."""
+        done = subprocess.run(command.split(), env=self.env, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def stop(self) -> None:
+        self.says("scancel --user " + getpass.getuser())
+        for process in reversed(self.processes.values()):
+            process.terminate()
+            process.wait()
+
+    def wait_until_idle(self) -> None:
+        """Wait until all four nodes have no job. Raises TimeoutError after a minute."""
+        deadline = time.monotonic() + 60
+        while self.says("sinfo -h -p gpu -o %t%D") != "idle4":
+            if time.monotonic() > deadline:
+                raise TimeoutError(self.says("sinfo"))
+            time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Slurm]:
+    if not all(map(shutil.which, Slurm.PROGRAMS)):
+        pytest.skip("needs Slurm: " + ", ".join(Slurm.PROGRAMS))
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:  # munge wants a short path
+        slurm = Slurm(Path(folder))
+        try:
+            slurm.wait_until_idle()
+            yield slurm
+        except TimeoutError:
+            pytest.skip("Slurm is installed, but does not start here")
+        finally:
+            slurm.stop()
+
+
+@pytest.fixture
+def on_slurm(cluster, started) -> Night:
+    """A night with its baseline done, whose runs go to the cluster."""
+    cluster.wait_until_idle()
+    started.env |= {"LAUNCH": SLURM, "SLURM_CONF": cluster.env["SLURM_CONF"]}
+    return started
+
+
+def test_five_agents_have_four_gpus_of_slurm_and_one_waits(on_slurm):
+    agents = [on_slurm.worktree(f"gpu{number}") for number in range(1, 6)]
+    for agent in agents:
+        agent.env |= on_slurm.env
+        agent.commit(stub(1.6, 1.6, kind="slow", sleeps=4))
+        assert agent.do("run").returncode == 0
+    for agent in agents[:4]:
+        agent.wait_for("compiling")
+    last_line = agents[4].do("poll 1").stdout.splitlines()[-1]
+    assert re.fullmatch(r"srun: job \d+ queued and waiting for resources", last_line), last_line
+    for agent in agents:
+        assert "exit: 0" in agent.do("poll").stdout
+        assert agent.finish("a win").returncode == 0
+        assert agent.rows()[-1][1:4:2] == ["1.600000", "keep"]
+
+
+@pytest.mark.parametrize(
+    "train, code",
+    [
+        (stub(1.9), 0),
+        (stub(kind="bug"), 1),
+        (stub(kind="killed"), 137),
+        (stub(kind="memory"), None),
+    ],
+    ids=["no fault", "an error", "a kill", "memory"],
+)
+def test_slurm_gives_the_rows_that_there_are_without_it(on_slurm, train, code):
+    on_slurm.env["LAUNCH"] = SLURM.replace("--mem=64G", "--mem=200M")
+    on_slurm.experiment(train, "an idea")
+    if code is not None:
+        assert on_slurm.log().endswith(f"exit: {code}\n")
+    print(on_slurm.log())
+    assert on_slurm.rows()[-1][3] == ("crash" if code != 0 else "discard")
+
+
+def start_slowly(night: Night, says: str = "compiling") -> str:
+    """Start an experiment that takes a minute. Returns the number of its job in Slurm."""
+    night.commit(stub(1.8, kind="slow").replace('"compiling"', '"compiling", os.getpid()'))
+    assert night.do("run").returncode == 0
+    night.wait_for(says)
+    return subprocess.check_output(["squeue", "-h", "-o", "%i"], env=night.env, text=True).strip()
+
+
+def repeats(night: Night) -> None:
+    """Assert that what was lost gets no row, and that `run` begins again."""
+    shown = night.do("poll").stdout
+    print(shown)
+    assert re.search(r"^exit: \d+$", shown, re.MULTILINE), shown
+    refuses(night.finish("an idea"), "run repeats it")
+    assert len(night.rows()) == 1
+    night.commit(stub(1.8), "the same, but quick")
+    night.git("reset", "-q", "--soft", "HEAD~2")
+    night.git("commit", "-qm", "one commit")
+    night.run()
+    assert night.finish("an idea").returncode == 0 and night.rows()[-1][1] == "1.800000"
+
+
+def test_a_preempted_job_is_lost(on_slurm, cluster):
+    start_slowly(on_slurm)
+    cluster.says("srun -p urgent -N4 --gpus-per-node=h100:1 --mem=1G true")
+    repeats(on_slurm)
+
+
+def test_a_cancelled_job_is_lost(on_slurm, cluster):
+    cluster.says("scancel " + start_slowly(on_slurm))
+    repeats(on_slurm)
+
+
+def test_a_job_that_is_cancelled_in_the_queue_is_lost(on_slurm, cluster):
+    on_slurm.env["LAUNCH"] = SLURM + " --hold"
+    cluster.says("scancel " + start_slowly(on_slurm, "queued and waiting"))
+    on_slurm.env["LAUNCH"] = SLURM
+    repeats(on_slurm)
+
+
+def test_a_job_whose_node_dies_is_lost(on_slurm, cluster):
+    job = start_slowly(on_slurm)
+    node = cluster.says(f"squeue -h -j {job} -o %N")
+    task = int(re.search(r"compiling (\d+)", on_slurm.log())[1])
+    step = int(re.search(r"PPid:\s+(\d+)", Path(f"/proc/{task}/status").read_text())[1])
+    cluster.kill(node)
+    os.kill(step, signal.SIGKILL)
+    os.kill(task, signal.SIGKILL)
+    assert "Node failure" in on_slurm.do("poll").stdout
+    cluster.start_node(node)
+    cluster.wait_until_idle()
+    repeats(on_slurm)
+
+
+def test_a_time_limit_is_a_crash(on_slurm, cluster):
+    cluster.says(f"scontrol update JobId={start_slowly(on_slurm)} EndTime=now")
+    assert "DUE TO TIME LIMIT" in on_slurm.do("poll").stdout
+    assert on_slurm.finish("an endless loop").returncode == 0
+    assert on_slurm.rows()[-1][3] == "crash"
+
+
+def test_a_controller_that_is_down_loses_what_it_should_start_and_not_what_runs(on_slurm, cluster):
+    on_slurm.commit(stub(1.8, kind="slow", sleeps=5))
+    cluster.kill("slurmctld")
+    assert "Unable to contact slurm controller" in on_slurm.run()
+    refuses(on_slurm.finish("an idea"), "run repeats it")
+    cluster.start_controller()
+    cluster.wait_until_idle()
+    assert on_slurm.do("run").returncode == 0
+    on_slurm.wait_for("compiling")
+    cluster.kill("slurmctld")
+    time.sleep(2)
+    cluster.start_controller()
+    assert "exit: 0" in on_slurm.do("poll").stdout
+    assert on_slurm.finish("an idea").returncode == 0 and on_slurm.rows()[-1][1] == "1.800000"
+
+
+@pytest.mark.parametrize("launch, survives", [(SLURM, True), (SLURM.split(" ", 1)[1], False)])
+def test_a_terminal_that_hangs_up_takes_srun_with_it_unless_setsid_stands_before(
+    on_slurm, launch, survives
+):
+    on_slurm.env["LAUNCH"] = launch
+    on_slurm.commit(stub(1.8, kind="slow", sleeps=3))
+    assert on_slurm.do("run").returncode == 0
+    on_slurm.wait_for("compiling")
+    os.killpg(on_slurm.group(), signal.SIGHUP)  # as at the end of a login session
+    shown = on_slurm.do("poll").stdout
+    if survives:
+        assert "exit: 0" in shown
+    else:
+        assert "forcing job termination" in shown
+        refuses(on_slurm.finish("an idea"), "run repeats it")
+
+
+def edit_while_it_waits(night: Night, cluster: Slurm) -> str:
+    """Start a job that Slurm holds, edit train.py, and release the job. Returns what poll shows."""
+    night.commit(stub(1.8))
+    assert night.do("run").returncode == 0
+    night.wait_for("queued and waiting")
+    (night.folder / "train.py").write_text(stub(1.1, 1.1))
+    cluster.says("scontrol release " + cluster.says("squeue -h -o %i"))
+    return night.do("poll").stdout
+
+
+def test_an_edit_while_a_job_waits_in_a_shared_folder_is_found(on_slurm, cluster):
+    on_slurm.env["LAUNCH"] = SLURM + " --hold"
+    shown = edit_while_it_waits(on_slurm, cluster)
+    assert "train.py was changed while it waited or ran" in shown
+    refuses(on_slurm.finish("a wonder"), "no experiment waits")
+
+
+def test_a_commit_that_is_shipped_to_slurm_is_what_trains(on_slurm, cluster):
+    ship = 'mkdir -p ../$SLURM_JOB_ID && cd ../$SLURM_JOB_ID && tar x && exec "$@"'
+    on_slurm.env["LAUNCH"] = f"git archive \"$commit\" | {SLURM} --hold sh -c '{ship}' sh"
+    assert "exit: 0" in edit_while_it_waits(on_slurm, cluster)
+    on_slurm.git("restore", "train.py")
+    assert on_slurm.finish("an idea").returncode == 0 and on_slurm.rows()[-1][1] == "1.800000"
