@@ -8,6 +8,7 @@ mean gap times 0.886227. A gain between two means of two runs has a standard err
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,8 +115,8 @@ def noise(pairs: str, gap: str, sigma: str) -> str:
 @pytest.mark.parametrize("results", [None, "", HEADER, "no table at all"])
 def test_without_a_run_every_heading_has_its_sentence(morning, results):
     shown = morning(results)
-    assert len(shown) == 9 + (results == "no table at all")
-    assert sum(NOTHING in text for text in shown.values()) == 8
+    assert len(shown) == 10 + (results == "no table at all")
+    assert sum(NOTHING in text for text in shown.values()) == 9
     assert "nothing to draw" in shown["How did it go?"]
 
 
@@ -547,3 +548,78 @@ def test_other_worktrees_of_the_repository_have_their_part(kernel, night, tmp_pa
     assert "The kept changes won 0.127000 bpb" in won
     assert "mar5-gpu1: Part of the gain below is luck" in won
     assert "val_bpb fell from 1.500000 to 1.400000" in won
+
+
+# ---------------------------------------------------------------------------
+# Several agents
+
+
+def test_several_agents_stand_side_by_side(kernel, tmp_path):
+    """Three agents begin with the same commit. Two work in other clones, and one has a bad GPU."""
+    baseline = ("keep", "baseline", (1.0, 1.002))
+    first_plan = [baseline, ("keep", "rope base", (0.98, 0.982)), ("discard", "wide", (1.0,))]
+    first = tmp_path / "first"
+    first.mkdir()
+    base, rope, wide = commit_plan(first, first_plan)
+    second_plan = [
+        baseline,
+        ("keep", f"from mar5 {rope}: rope base (started 3 times)", (0.99, 0.992)),
+        ("discard", f"from mar5 {wide}: wide", (1.1,)),
+        ("crash", "from mar9 1234567: unheard of", ()),
+    ]
+    third_plan = [("keep", "baseline", (1.2, 1.202))]
+
+    for number, plan in enumerate([first_plan, second_plan, third_plan]):
+        folder = tmp_path / f"clone{number}"
+        folder.mkdir()
+        commits = commit_plan(folder, plan)
+        machines = [MACHINE, "", "", ""]
+        rows = [
+            row(commit, status, text, *values, machine=machine)
+            for commit, (status, text, values), machine in zip(
+                commits, plan, machines[: len(plan)], strict=True
+            )
+        ]
+        results = HEADER + "".join(rows)
+        if number == 2:
+            results = results.replace("900, 896", "700, 690")
+        (folder / "results.tsv").write_text(results)
+        tag = f"mar5-gpu{number}" if number else "mar5"
+        for commit in commits:
+            git(folder, "update-ref", f"refs/autoresearch/{commit}", commit)
+        git(first, "fetch", "-q", str(folder), f"refs/autoresearch/*:refs/night/{tag}/*")
+        blob = git(first, "hash-object", "-w", str(folder / "results.tsv"))
+        git(first, "update-ref", f"refs/night/{tag}/table", blob)
+    shutil.copy(tmp_path / "clone0" / "results.tsv", first)  # It stands in refs/night as well.
+
+    ask = """
+print(pd.DataFrame(map(overview, nights)).round(6).to_csv(index=False))
+print(taken.to_csv(index=False, na_rep="?", float_format="%.3f"))
+for numbers in best_so_far(nights[:2]):
+    print(*numbers.round(3))
+"""
+    shown = execute(kernel, first, ask)
+    side = shown["The agents side by side"]
+    odd = "Look at the machine of mar5-gpu2: its baseline lies +0.200000 from"
+    assert odd in side and side.count("Look at the machine") == 1
+    assert "1 of 3 changes that one agent took over from another held there too." in side
+
+    agents, takeovers, curves = shown["asked"].strip().split("\n\n")
+    # After the device: runs, pace, lost runs, the baseline and its steps, the bar, the gap, and
+    # the gain in gaps. The last experiment does not count for the pace.
+    assert agents.splitlines()[1:] == [
+        'mar5,"Stub GPU, 80 GB",5,5.0,0,1.001,"900, 896",0.981,0.002,10.0',
+        'mar5-gpu1,"Stub GPU, 80 GB",6,6.7,2,1.001,"900, 896",0.991,0.002,5.0',
+        'mar5-gpu2,"Stub GPU, 80 GB",2,,0,1.201,"700, 690",1.201,0.002,0.0',
+    ]
+    assert [line.rsplit(",", 1)[0] for line in takeovers.splitlines()[1:]] == [
+        f"mar5,{rope},mar5-gpu1,0.020,0.010,yes",
+        f"mar5,{wide},mar5-gpu1,-0.019,-0.109,no",
+        "mar9,1234567,mar5-gpu1,?,?,no",
+    ]
+    # The commits of an agent come 12 minutes after that of its baseline, and 12 minutes apart. A
+    # run trains for 300 s, and the crash has none: two baselines, two wins, two losses.
+    hours, training, best = ([float(x) for x in line.split()] for line in curves.splitlines())
+    assert hours == pytest.approx([0, 0, 0, 0, 0.2, 0.2, 0.3], abs=1e-3)
+    assert training == pytest.approx([1 / 6, 1 / 3, 0.5, 2 / 3, 0.75, 5 / 6, 5 / 6], abs=1e-3)
+    assert best == [1.001, *[0.981] * 6]
