@@ -1043,7 +1043,8 @@ def test_launch_counts_even_if_it_is_not_exported(started):
     assert "on a node" in started.log()
 
 
-# What a real Slurm 22.05 printed, what ssh and kubectl print, and with which codes they ended.
+# What Slurm 22.05 and ssh printed here, and with which codes they ended. The words of kubectl, of
+# newer versions of Slurm, and of its memory limit by accounting are those that others report.
 TASK = "srun: error: n1: task 0:"
 ABORTED = "srun: Job step aborted: Waiting up to 32 seconds for job step to finish."
 CANCELLED = "slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-22T04:58:06"
