@@ -590,7 +590,9 @@ def test_several_agents_stand_side_by_side(kernel, tmp_path):
         git(first, "fetch", "-q", str(folder), f"refs/autoresearch/*:refs/night/{tag}/*")
         blob = git(first, "hash-object", "-w", str(folder / "results.tsv"))
         git(first, "update-ref", f"refs/night/{tag}/table", blob)
-    shutil.copy(tmp_path / "clone0" / "results.tsv", first)  # It stands in refs/night as well.
+    # The night of this clone stands in refs/night as well.
+    shutil.copy(tmp_path / "clone0" / "results.tsv", first)
+    git(first, "update-ref", "refs/autoresearch/mar5/table", "refs/night/mar5/table")
 
     ask = """
 print(pd.DataFrame(map(overview, nights)).round(6).to_csv(index=False))
@@ -623,3 +625,26 @@ for numbers in best_so_far(nights[:2]):
     assert hours == pytest.approx([0, 0, 0, 0, 0.2, 0.2, 0.3], abs=1e-3)
     assert training == pytest.approx([1 / 6, 1 / 3, 0.5, 2 / 3, 0.75, 5 / 6, 5 / 6], abs=1e-3)
     assert best == [1.001, *[0.981] * 6]
+
+
+def test_a_baseline_that_is_measured_again_does_not_begin_the_night_a_week_earlier(
+    kernel, tmp_path
+):
+    again, loss = ("again", "measured again", (1.1, 1.1)), ("discard", "wide", (1.2,))
+    plan = [("keep", "baseline", (1.0, 1.0)), again, loss, loss]
+    base, first, second = commit_plan(tmp_path, plan)
+    rows = [
+        row(base, "keep", "baseline", 1.0, 1.0, machine=MACHINE),
+        row(base, "keep", "measured again", 1.1, 1.1),
+        row(first, "discard", "wide", 1.2),
+        row(second, "discard", "wide", 1.2),
+    ]
+    (tmp_path / "results.tsv").write_text(HEADER + "".join(rows))
+    ask = "print(*best_so_far(nights)[0].round(3))"
+    assert execute(kernel, tmp_path, ask)["asked"] == "0.0 0.0 0.0 0.1\n"  # a run takes 0.1 hours
+
+
+@pytest.mark.parametrize("text", ["[0123456789ab: none]", "[0123456789ab: ]"])
+def test_a_description_that_looks_like_steps_without_a_number_is_shown(morning, text):
+    shown = morning(table(("aaaaaaa", 1.5, "keep", f"baseline {text}")))
+    assert "1.500000" in shown["What was won?"]
