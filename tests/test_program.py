@@ -808,6 +808,19 @@ def test_a_death_while_the_row_is_written_costs_nothing(started, moment):
     assert [row[1] for row in started.rows()] == ["1.710000", "1.800000", "1.900000"]
 
 
+def test_several_gpus_have_worktrees_tags_and_bars_of_their_own(started):
+    started.git("switch", "-q", "main")
+    assert started.sh(WORKTREE).returncode == 0
+    first, started.folder = started.folder, started.folder.parent / "gpu1"
+    done = started.sh(SETUP.replace("mar5", "mar5-gpu1"))
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout
+    started.experiment(None, "baseline")
+    commit = started.experiment(stub(1.6, 1.6), "a win")
+    assert [row[3] for row in started.rows()] == ["keep", "keep"]
+    assert started.git("rev-parse", "--short=7", "autoresearch/mar5-gpu1") == commit
+    assert len((first / "results.tsv").read_text().splitlines()) == 2
+
+
 # ---------------------------------------------------------------------------
 # No second roll, and no other number
 
@@ -1066,6 +1079,7 @@ CRASHES = {
         f"{CANCELLED} ***\n{TASK} Killed",
     ),
     "a time limit": (143, f"{ABORTED}\n{CANCELLED} DUE TO TIME LIMIT ***\n{TASK} Terminated"),
+    "an error in a pod": (1, "command terminated with exit code 1"),
 }
 LOSSES = {
     "preempted": (143, f"{ABORTED}\n{CANCELLED} DUE TO PREEMPTION ***\n{TASK} Terminated"),
@@ -1097,9 +1111,6 @@ LOSSES = {
     "kubectl, a broken stream": (0, ""),
     "kubectl, no pod": (1, 'Error from server (NotFound): pods "gpu1" not found'),
 }
-
-
-CRASHES["an error in a pod"] = (1, "command terminated with exit code 1")
 
 
 def lose(night: Night, code: int, says: str) -> None:
@@ -1148,11 +1159,6 @@ def test_without_launch_a_run_without_a_summary_is_a_crash(started):
     assert started.rows()[-1][3] == "crash"
 
 
-NEEDS_SSHD = pytest.mark.skipif(
-    not all(map(shutil.which, ("sshd", "flock"))), reason="needs an ssh server, and flock"
-)
-
-
 def test_a_commit_that_is_shipped_is_what_trains_whatever_train_py_becomes(started):
     pod = started.folder.parent / "pod" / "mar5"
     pod.mkdir(parents=True)
@@ -1170,6 +1176,11 @@ def test_a_commit_that_is_shipped_is_what_trains_whatever_train_py_becomes(start
     assert started.finish("a win").returncode == 0
     assert started.rows()[-1][:2] == [commit, "1.610000"]
     assert (pod / "prepare.py").read_bytes() == (ROOT / "prepare.py").read_bytes()
+
+
+NEEDS_SSHD = pytest.mark.skipif(
+    not all(map(shutil.which, ("sshd", "flock"))), reason="needs an ssh server, and flock"
+)
 
 
 @NEEDS_SSHD
@@ -1527,7 +1538,6 @@ def on_slurm(cluster, started) -> Night:
 def test_five_agents_have_four_gpus_of_slurm_and_one_waits(on_slurm):
     agents = [on_slurm.worktree(f"gpu{number}") for number in range(1, 6)]
     for agent in agents:
-        agent.env |= on_slurm.env
         agent.commit(stub(1.6, 1.6, kind="slow", sleeps=4))
         assert agent.do("run").returncode == 0
     for agent in agents[:4]:
@@ -1555,7 +1565,6 @@ def test_slurm_gives_the_rows_that_there_are_without_it(on_slurm, train, code):
     on_slurm.experiment(train, "an idea")
     if code is not None:
         assert on_slurm.log().endswith(f"exit: {code}\n")
-    print(on_slurm.log())
     assert on_slurm.rows()[-1][3] == ("crash" if code != 0 else "discard")
 
 
@@ -1570,7 +1579,6 @@ def start_slowly(night: Night, says: str = "compiling") -> str:
 def repeats(night: Night) -> None:
     """Assert that what was lost gets no row, and that `run` begins again."""
     shown = night.do("poll").stdout
-    print(shown)
     assert re.search(r"^exit: \d+$", shown, re.MULTILINE), shown
     refuses(night.finish("an idea"), "run repeats it")
     assert len(night.rows()) == 1
