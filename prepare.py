@@ -148,7 +148,7 @@ def find_dataset() -> tuple[Path, dict] | None:
 
 
 DEVICE = pick_device()
-TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 300)  # seconds of training
+TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 86_400)  # seconds of training
 DATASET = find_dataset()
 SCALE = DATASET[1]["scale"] if DATASET else default_scale()
 MAX_SEQ_LEN = SCALES[SCALE].seq_len

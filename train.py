@@ -62,9 +62,10 @@ def by_scale(*, full, medium, small):
 
 
 # model
-DEPTH = by_scale(full=9, medium=6, small=3)  # on a CPU a fourth layer costs too many tokens
-N_EMBD = by_scale(full=512, medium=384, small=256)
+DEPTH = by_scale(full=9, medium=6, small=3)  # the dial for a larger model: the width follows
+ASPECT_RATIO = by_scale(full=56, medium=64, small=85)  # width divided by depth
 HEAD_DIM = 128
+N_EMBD = HEAD_DIM * math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)  # the width, in whole heads
 N_KV_HEAD = N_EMBD // HEAD_DIM  # as many as query heads; with fewer, query heads share them
 # The pattern repeats over the layers. An S layer sees a short window, and an L layer all tokens.
 WINDOW_PATTERN = by_scale(full="SSSSL", medium="SSSL", small="L")
@@ -108,7 +109,7 @@ FINAL_LR_FRAC = by_scale(full=0.05, medium=0.05, small=0.0)  # what is left of e
 # run
 SEED = prepare.from_environment("SEED", 1, int, 0, 2**31)
 SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for the weights and the configuration
-LOG_EVERY = 0.02  # share of the budget between two log lines
+LOG_EVERY = min(0.02, 300 / prepare.TIME_BUDGET)  # share of the budget between two log lines
 CHECK_EVERY = 10  # steps between two looks at the loss
 
 # machine
