@@ -531,7 +531,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 # Constants with which train.py is ready to train in a moment.
 SMALL = {
     "DEPTH": "2",
-    "N_EMBD": "64",
+    "ASPECT_RATIO": "32",
     "HEAD_DIM": "16",
     "N_KV_HEAD": "2",
     "WINDOW_PATTERN": "'SL'",

@@ -581,6 +581,13 @@ def test_a_bad_number_in_the_environment_is_one_sentence(monkeypatch, value):
         prepare.from_environment("SOME_NUMBER", 7, int, 1, 300)
 
 
+def test_a_day_is_the_longest_budget_and_shows_a_line_every_five_minutes():
+    code = "import train; print(train.LOG_EVERY * train.prepare.TIME_BUDGET)"
+    assert run("-c", code, AUTORESEARCH_BUDGET="86400").stdout == "300.0\n"
+    result = run("-c", code, AUTORESEARCH_BUDGET="86401")
+    assert result.returncode == 1 and "is not a number from 1 to 86400" in result.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 def test_an_nvidia_gpu_that_torch_cannot_use_is_an_error(tmp_path):
     smi = tmp_path / "nvidia-smi"

@@ -7,10 +7,16 @@ runs Python and nothing else, and `sleep` is short. All other things are real: g
 and prepare.py, which the setup asks whether text is prepared.
 """
 
+import argparse
+import bz2
 import copy
 import getpass
+import hashlib
+import inspect
+import lzma
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -20,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -478,6 +485,43 @@ def test_the_readmes_runs_with_fresh_seeds_are_rows_that_decide_nothing(tmp_path
         for commit, value in [(baseline, before), (kept, after)]
     ]
     assert night.do("bar").stdout == "1.605000\n"
+
+
+def test_the_readmes_gain_is_that_of_the_night_at_another_budget_and_depth(tmp_path):
+    train = """
+import os
+DEPTH = 9  # layers
+budget, seed = float(os.environ["AUTORESEARCH_BUDGET"]), int(os.environ["SEED"])
+if DEPTH == 13: raise MemoryError
+print(f"---\\nval_bpb: {{{gain} / budget + 1 / DEPTH + seed:.6f}}\\nharness: 0123456789ab")
+print(f"num_steps: 900\\ndepth: {{DEPTH}}\\nepochs: 1")
+"""
+    night = Night(tmp_path)
+    baseline = night.commit(train.format(gain=60), "the start")
+    kept = night.commit(train.format(gain=30), "a win")
+    tip = night.commit(train.format(gain=90), "what was under way")
+    (block,) = re.findall(r"^gain\(\) \{.*?^\}$", README, re.DOTALL | re.MULTILINE)
+
+    def gain(arguments: str) -> list[str]:
+        done = night.sh(f"baseline={baseline} kept={kept}\n{block}\ngain {arguments}")
+        return done.stdout.splitlines()
+
+    facts = "harness: 0123456789ab depth: {} epochs: 1"
+    assert gain("300") == [
+        f"val_bpb: {0.2 + 1 / 9 + 3:.6f} {facts.format(9)}",
+        f"val_bpb: {0.1 + 1 / 9 + 3:.6f} {facts.format(9)}",
+        "gain: 0.1",
+    ]
+    assert gain("600 10") == [
+        f"val_bpb: 3.200000 {facts.format(10)}",
+        f"val_bpb: 3.150000 {facts.format(10)}",
+        "gain: 0.05",
+    ]
+    assert "gain: " not in "".join(gain("300 13"))  # no run had a number
+    assert night.head() == tip and night.git("status", "--porcelain") == ""
+    (night.folder / "train.py").write_text("an edit")
+    assert gain("300") == [" M train.py"]
+    assert (night.folder / "train.py").read_text() == "an edit"
 
 
 def test_setup_says_all_that_is_in_the_way_and_changes_nothing(tmp_path):
@@ -1027,6 +1071,94 @@ def test_three_seeds_and_a_margin_are_a_line_each(tmp_path):
     # Three experiments have three runs, and so three pairs each.
     gap = (0.02 + 0.01 + 0.01 + 0 + 0.02 + 0.02 + 0 + 0.001 + 0.001) / 9
     assert float(night.do("gap").stdout) == pytest.approx(gap, abs=1e-6)
+
+
+# ---------------------------------------------------------------------------
+# Another problem: to pack a text into few bytes
+
+# It measures what train.py makes of the text, and prints what README.md asks for.
+PACKING_PREPARE = """
+import argparse, hashlib, inspect, os, platform, resource, subprocess, sys, time
+from pathlib import Path
+
+TEXT = inspect.getsource(argparse).encode()
+UNPACK = "import sys, train; sys.stdout.buffer.write(train.unpack(sys.stdin.buffer.read()))"
+
+def dataset():
+    return TEXT
+
+def measure(pack):
+    start = time.time()
+    packed = pack(TEXT)
+    seconds = time.time() - start
+    unpacked = subprocess.run([sys.executable, "-c", UNPACK], input=packed, capture_output=True)
+    if unpacked.stdout != TEXT:
+        sys.exit("error: unpack does not give back the text that pack was given")
+    print("---")
+    print(f"val_bpb: {len(packed):.6f}")
+    print(f"training_seconds: {seconds:.1f}")
+    print("harness:", hashlib.sha256(Path(__file__).read_bytes() + TEXT).hexdigest()[:12])
+    print("num_steps: 1")
+    print("seed:", os.environ.get("SEED", 1))
+    print("peak_vram_mb:", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print("device:", platform.machine())
+    print("attention: Python", platform.python_version())
+"""
+
+PACKING_TRAIN = """
+import bz2, lzma, zlib
+
+import prepare
+
+def pack(text):
+    return {pack}
+
+def unpack(packed):
+    return {unpack}
+
+if __name__ == "__main__":
+    prepare.measure(pack)
+"""
+
+
+def test_a_night_on_another_problem(tmp_path):
+    def train(pack: str, unpack: str) -> str:
+        return PACKING_TRAIN.format(pack=pack, unpack=unpack)
+
+    night = Night(tmp_path)
+    (night.folder / "prepare.py").write_text(PACKING_PREPARE)
+    (night.folder / "train.py").write_text(train("zlib.compress(text)", "zlib.decompress(packed)"))
+    night.git("commit", "-qam", "another problem")
+    night.setup()
+    night.experiment(None, "baseline")
+    night.experiment(train("lzma.compress(text)", "lzma.decompress(packed)"), "LZMA")
+    night.experiment(train("text[::2]", "packed"), "leave half of it out")
+    night.experiment(train("brotli.compress(text)", "packed"), "a module that is not there")
+    night.experiment(train("zlib.compress(text, 1)", "zlib.decompress(packed)"), "level 1")
+    night.experiment(train("bz2.compress(text)", "bz2.decompress(packed)"), "bzip2", run="simpler")
+
+    text = inspect.getsource(argparse).encode()
+    deflated, least = len(zlib.compress(text)), len(zlib.compress(text, 1))
+    lzma_size, bzip2 = len(lzma.compress(text)), len(bz2.compress(text))
+    assert least > deflated > lzma_size > bzip2
+    harness = hashlib.sha256(PACKING_PREPARE.encode() + text).hexdigest()[:12]
+    machine = f" [{harness}, Python {platform.python_version()}, {platform.machine()}]"
+
+    def facts(size: int, runs: int) -> str:
+        steps = ", ".join(["1"] * runs)
+        values = f" ({size:.6f}, {size:.6f})" if runs == 2 else ""
+        return f" [{harness}: {steps} steps in 0 s]{values}"
+
+    assert [(status, value, text) for _, value, _, status, text in night.rows()] == [
+        ("keep", f"{deflated:.6f}", f"baseline{facts(deflated, 2)}{machine}"),
+        ("keep", f"{lzma_size:.6f}", f"LZMA{facts(lzma_size, 2)}"),
+        ("crash", "0.000000", "leave half of it out"),
+        ("crash", "0.000000", "a module that is not there"),
+        ("discard", f"{least:.6f}", f"level 1{facts(least, 1)}"),
+        ("keep", f"{bzip2:.6f}", f"bzip2{facts(bzip2, 2)}"),
+    ]
+    (night.folder / "prepare.py").write_text(PACKING_PREPARE.replace("len(packed)", "1"))
+    refuses(night.do("run"), "only train.py may change, not prepare.py")
 
 
 # ---------------------------------------------------------------------------

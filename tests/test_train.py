@@ -947,6 +947,13 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(script):
     assert float(summary(out)["val_bpb"]) > 1 and summary(out)["device"].endswith(", eager")
 
 
+def test_depth_is_the_dial_for_a_larger_model(script):
+    script.set_constant("DEPTH", "3")  # and all that follows from it, as in the file
+    code, out, err = script.run(**EAGER)
+    assert code == 0, out + err
+    assert "'n_layer': 3, 'n_embd': 96, 'n_head': 6," in out and summary(out)["depth"] == "3"
+
+
 def test_a_loss_that_is_no_number_fails_with_the_reason(script):
     script.edit(r"^    optimizer.step\(\)$", "    optimizer.step(); total = total * float('nan')")
     code, out, err = script.run(**EAGER)
