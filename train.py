@@ -109,7 +109,9 @@ FINAL_LR_FRAC = by_scale(full=0.05, medium=0.05, small=0.0)  # what is left of e
 # run
 SEED = prepare.from_environment("SEED", 1, int, 0, 2**31)
 SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for the weights and the configuration
-LOG_EVERY = min(0.02, 300 / prepare.TIME_BUDGET)  # share of the budget between two log lines
+# Share of the budget between two log lines. They are five minutes apart at most, because program.md
+# takes a log that is silent for fifteen minutes for that of a dead run.
+LOG_EVERY = min(0.02, 300 / prepare.TIME_BUDGET)
 CHECK_EVERY = 10  # steps between two looks at the loss
 
 # machine
