@@ -62,10 +62,10 @@ def by_scale(*, full, medium, small):
 
 
 # model
-DEPTH = by_scale(full=9, medium=6, small=3)  # the dial for a larger model: the width follows
+DEPTH = by_scale(full=9, medium=6, small=3)  # the dial for the size: the width follows
 ASPECT_RATIO = by_scale(full=56, medium=64, small=85)  # width divided by depth
 HEAD_DIM = 128
-N_EMBD = HEAD_DIM * math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)  # the width, in whole heads
+N_EMBD = HEAD_DIM * math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)  # width, rounded up to whole heads
 N_KV_HEAD = N_EMBD // HEAD_DIM  # as many as query heads; with fewer, query heads share them
 # The pattern repeats over the layers. An S layer sees a short window, and an L layer all tokens.
 WINDOW_PATTERN = by_scale(full="SSSSL", medium="SSSL", small="L")
