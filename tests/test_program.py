@@ -521,7 +521,7 @@ print(f"num_steps: 900\\ndepth: {{DEPTH}}\\nepochs: 1")
     (night.folder / "train.py").write_text("an edit")
     assert gain("300")[-1] == "gain: 0.1"
     assert (night.folder / "train.py").read_text() == "an edit" and night.head() == tip
-    kept = ""
+    kept = ""  # as in a new terminal
     assert "kept" in gain("300")[-1]
 
 
@@ -1150,7 +1150,7 @@ def test_a_night_on_another_problem(tmp_path):
         values = f" ({size:.6f}, {size:.6f})" if runs == 2 else ""
         return f" [{harness}: {steps} steps in 0 s]{values}"
 
-    assert [(status, value, text) for _, value, _, status, text in night.rows()] == [
+    assert [(row[3], row[1], row[4]) for row in night.rows()] == [
         ("keep", f"{deflated:.6f}", f"baseline{facts(deflated, 2)}{machine}"),
         ("keep", f"{lzma_size:.6f}", f"LZMA{facts(lzma_size, 2)}"),
         ("crash", "0.000000", "leave half of it out"),
