@@ -15,6 +15,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it; nothing is half-written
 
 import argparse
+import ast
 import bisect
 import faulthandler
 import functools
@@ -22,44 +23,53 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import requests
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout  # comes with torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 
-def stop(message: str) -> NoReturn:
-    """End the process with one sentence on stderr and exit code 1."""
-    raise SystemExit(f"error: {message}")
+class Refusal(Exception):
+    """One sentence that says what is wrong and what to do next. It ends the program."""
+
+
+def print_error(kind: type, error: BaseException, traceback) -> None:
+    if issubclass(kind, Refusal):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = print_error  # Python then exits with 1
 
 
 def reason(error: Exception) -> str:
     """The line of an error's message that says what went wrong, fit for a sentence.
 
-    It is the first line that does not end in a colon, since such a line only announces another one.
-    Where the message quotes a traceback, it is the line below the traceback's frames.
+    A line that ends in a colon only announces the next one. Where the message quotes a traceback,
+    the line below its frames counts.
     """
     text = str(error).strip() or type(error).__name__
     quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
@@ -89,7 +99,8 @@ FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `mediu
 CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3: hub repository, version
 KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder with the kernel
-CODE_HASH = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # in every key and digest
+# Every key and digest contains the hash of this file's syntax tree, which no comment changes.
+CODE_HASH = hashlib.sha256(ast.dump(ast.parse(Path(__file__).read_bytes())).encode()).hexdigest()
 
 
 def nvidia_gpu_present() -> bool:
@@ -103,16 +114,16 @@ def nvidia_gpu_present() -> bool:
 
 
 def pick_device() -> str:
-    """The training device: "cuda", "mps" or "cpu". Ends the process if torch cannot use the GPU."""
+    """The training device: "cuda", "mps" or "cpu". Raises Refusal if torch cannot use the GPU."""
     if torch.cuda.is_available() or nvidia_gpu_present():
         try:
             torch.ones(1, device="cuda").add(1).item()  # fails for old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
-            stop(
+            raise Refusal(
                 f"torch {torch.__version__} cannot use the NVIDIA GPU here ({reason(error)}); "
                 "update the NVIDIA driver, or see the README's errors if you cannot; "
                 "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
-            )
+            ) from None
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -126,14 +137,14 @@ def default_scale() -> str:
 
 
 def from_environment(name: str, default: float, kind: type, low: float, high: float) -> float:
-    """A number from an environment variable. Ends the process if the value is not one in bounds."""
+    """A number from an environment variable. Raises Refusal if it is not one in bounds."""
     text = os.environ.get(name) or str(default)
     try:
         value = kind(text)
     except ValueError:
         value = math.nan  # which is out of bounds, too
     if not low <= value <= high:
-        stop(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
+        raise Refusal(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
     return value
 
 
@@ -152,14 +163,15 @@ TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 86_400)  # 
 DATASET = find_dataset()
 SCALE = DATASET[1]["scale"] if DATASET else default_scale()
 MAX_SEQ_LEN = SCALES[SCALE].seq_len
+EVAL_TOKENS = SCALES[SCALE].eval_rows * MAX_SEQ_LEN  # validation targets at most
 
 
 def dataset() -> tuple[Path, dict]:
-    """The folder and meta.json of the dataset to train on. Ends the process if there is none."""
+    """The folder and meta.json of the dataset to train on. Raises Refusal if there is none."""
     if DATASET is None:
-        stop("no data is prepared; run `uv run prepare.py` (`--source python` needs no network)")
+        raise Refusal("no data is prepared; run `uv run prepare.py` (README: Text)")
     if DATASET[1].get("code") != CODE_HASH:
-        stop("another version of prepare.py prepared the data; run `uv run prepare.py` again")
+        raise Refusal("another prepare.py prepared the data; run `uv run prepare.py` again")
     return DATASET
 
 
@@ -167,24 +179,16 @@ def dataset() -> tuple[Path, dict]:
 # Download
 
 HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+if "://" not in HUB:
+    HUB = f"https://{HUB}"
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
+NO_RETRY = (401, 403, 404)  # HTTP statuses that another try does not change
+BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # for a progress bar
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
-BYTES = {"unit": "B", "unit_scale": True}  # for a progress bar
-
-
-def hub_url(path: str = "") -> str:
-    """The address of a file on the hub. Ends the process if HF_ENDPOINT is no web address."""
-    if not HUB.startswith(("http://", "https://")):
-        stop(f"HF_ENDPOINT={HUB} is no web address; begin it with https://")
-    return f"{HUB}/{path}"
-
-
-class Refused(ValueError):
-    """The server says no, and would say it again."""
 
 
 def downloads(repo: str) -> Path:
@@ -194,34 +198,25 @@ def downloads(repo: str) -> Path:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return hashlib.sha256(pa.memory_map(str(path)).read_buffer()).hexdigest()
 
 
 def download(url: str, part: Path) -> None:
-    """Append to the file `part` what it lacks of `url`, check it, and delete it if it is wrong.
+    """Append to the file `part` what it lacks of a parquet file, and check the whole.
 
-    Raises Refused where a retry is useless, ValueError or requests' own errors where it is not.
+    Raises ValueError or one of requests' errors. A part that is too short stays for the next try,
+    and one that is wrong is deleted.
     """
     # Ask for the last byte again: a range that begins beyond the end would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
     if token := os.environ.get("HF_TOKEN", "").strip():
         headers["Authorization"] = f"Bearer {token}"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        status = response.status_code
-        if status == 416:
+        if response.status_code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
-            raise ValueError("the server refused to resume")
-        if not response.ok:
-            kind = ValueError if status == 429 or status >= 500 else Refused
-            raise kind(f"HTTP {status} {response.reason}")
-        if status != 206:
+        response.raise_for_status()
+        if response.status_code != 206:
             have = 0  # the server ignored the range: start over
         # The hub announces size and sha256 before it redirects to its storage.
         hops = (*response.history, response)
@@ -229,10 +224,9 @@ def download(url: str, part: Path) -> None:
         rest = int(response.headers.get("Content-Length", 0))
         size = int(hub.get("X-Linked-Size", have + rest if rest else 0))  # 0 where nobody says it
         sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
-        bar = tqdm(total=size or None, initial=have, desc=part.stem, disable=None, **BYTES)
-        with part.open("r+b" if have else "wb") as file, bar:
+        bar = tqdm(total=size or None, initial=have, desc=part.stem, **BYTES)
+        with part.open("ab") as file, bar:
             file.truncate(have)
-            file.seek(have)
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -240,18 +234,16 @@ def download(url: str, part: Path) -> None:
     if got < size:
         raise ValueError(f"{got:,} bytes arrived of {size:,}")
     try:
-        if size and got > size:
-            raise ValueError(f"it has {got:,} bytes, and {size:,} were announced")
-        if len(sha256) == 64 and file_hash(part) != sha256:
-            raise ValueError("its sha256 is not the one that the hub announced")
         pq.ParquetFile(part)
+        if (size and got != size) or (len(sha256) == 64 and file_hash(part) != sha256):
+            raise ValueError("its size or sha256 is not the one that was announced")
     except (pa.ArrowException, OSError, ValueError) as error:
         part.unlink()
         raise ValueError(f"what arrived is no good: {reason(error)}") from None
 
 
 def fetch(repo: str, name: str) -> Path:
-    """Download a file of a hub dataset unless it is here. Ends the process if it cannot be had."""
+    """Download a file of a hub dataset unless it is here. Raises Refusal if it cannot be had."""
     path = downloads(repo) / name
     if path.exists():
         return path
@@ -260,16 +252,18 @@ def fetch(repo: str, name: str) -> Path:
     for pause in (0, *RETRY_PAUSES):
         time.sleep(pause)
         try:
-            download(hub_url(f"datasets/{repo}/resolve/main/{name}"), part)
+            download(f"{HUB}/datasets/{repo}/resolve/main/{name}", part)
             os.replace(part, path)
             return path
+        except requests.HTTPError as error:
+            why = f"HTTP {error.response.status_code} {error.response.reason}"
+            if error.response.status_code in NO_RETRY:
+                break
         except requests.RequestException as error:
             why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
         except ValueError as error:
             why = str(error)
-            if isinstance(error, Refused):
-                break
-    stop(
+    raise Refusal(
         f"cannot download {name} of {repo}: {why}; `uv run prepare.py` again resumes, "
         "and `uv run prepare.py --source python` needs no network"
     )
@@ -281,9 +275,10 @@ def default_source(scale: str) -> str:
     repo = {"climbmix": CLIMBMIX, "tinystories": TINYSTORIES}[source]
     if not any(downloads(repo).glob("*.parquet")):
         try:
-            requests.head(hub_url(), timeout=10)
-        except requests.RequestException:
-            print(f"{HUB} cannot be reached: preparing the source `python` in place of `{source}`")
+            requests.head(HUB, timeout=10)
+        except requests.RequestException as error:
+            why = type(error).__name__
+            print(f"{HUB} cannot be reached ({why}): preparing `python` in place of `{source}`")
             return "python"
     return source
 
@@ -291,10 +286,49 @@ def default_source(scale: str) -> str:
 # ---------------------------------------------------------------------------
 # Text sources: files -> documents
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")
 LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines
 CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)  # 2,000 characters up
 VAL_FRACTION = 0.05  # of the documents validates: those with the lowest hash of their text
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["text"]):
+            # as bytes, because a column of strings may hold invalid UTF-8
+            for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
+                yield raw.decode("utf-8", "replace")
+    except (pa.ArrowException, KeyError, OSError) as error:
+        why = reason(error)
+        raise Refusal(f"{path} is no parquet with text in a column `text` ({why})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[str]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                # a lone surrogate, which JSON may spell and UTF-8 may not, becomes U+FFFD
+                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                wrong = f"{path}, line {number} is no JSON object with a string in `text`"
+                raise Refusal(wrong) from None
+
+
+def read_plain(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise Refusal(f"{path} is not UTF-8 text; convert it or take it out")
+    yield from CUT_TEXT.findall(text) if len(text) > LONG_TEXT else [text]
+
+
+def read_code(path: Path) -> Iterator[str]:
+    yield path.read_text("utf-8", errors="replace")
+
+
+READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, ".md": read_plain}
 
 
 class Source(NamedTuple):
@@ -319,7 +353,7 @@ def python_files() -> list[Path]:
 
 
 def find_source(source: str, num_shards: int) -> Source:
-    """The files of a source, downloaded if need be. Ends the process if there are none."""
+    """The files of a source, downloaded if need be. Raises Refusal if there are none."""
     if source == "climbmix":
         shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
         with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # if one fails, those under way complete
@@ -331,54 +365,21 @@ def find_source(source: str, num_shards: int) -> Source:
         return Source(source, python_files(), None)
     path = Path(source).expanduser()
     if not path.exists():
-        stop(f"no source or path `{source}`; name climbmix, tinystories, python, or your own text")
+        raise Refusal(
+            f"there is no `{source}`; name climbmix, tinystories, python or your own text"
+        )
     found = path.rglob("*") if path.is_dir() else [path]
-    files = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    files = sorted(p for p in found if p.suffix in READERS and p.is_file())
     if not files:
-        stop(f"{path} holds no text that can be read; give files that end in {', '.join(SUFFIXES)}")
+        raise Refusal(f"{path} holds no text; give files that end in {', '.join(READERS)}")
     name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
     return Source(name or "text", files, None)
 
 
-def read_parquet(path: Path) -> Iterator[str]:
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=["text"]):
-            # as bytes, because a column of strings may hold invalid UTF-8
-            for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
-                yield raw.decode("utf-8", "replace")
-    except (pa.ArrowException, KeyError, OSError) as error:
-        stop(f"{path} cannot be read as parquet with text in a column `text` ({reason(error)})")
-
-
-def read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-                # a lone surrogate, which JSON may spell and UTF-8 may not, becomes U+FFFD
-                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            except (ValueError, KeyError, TypeError, AttributeError):
-                stop(f"{path}, line {number} is not a JSON object with a string in `text`")
-
-
-def read_plain(path: Path) -> Iterator[str]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        stop(f"{path} is not UTF-8 text; convert it or take it out")
-    yield from CUT_TEXT.findall(text) if len(text) > LONG_TEXT else [text]
-
-
-READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, ".md": read_plain}
-READERS[".py"] = lambda path: [path.read_text("utf-8", errors="replace")]  # source `python` only
-
-
 def documents(files: Iterable[Path]) -> Iterator[str]:
-    """Every document of the files that is not blank, in order. Ends the process at a bad file."""
+    """Every document of the files that is not blank, in order. Raises Refusal at a bad file."""
     for path in files:
-        for text in READERS[path.suffix](path):
+        for text in READERS.get(path.suffix, read_code)(path):
             if text and not text.isspace():
                 yield text
 
@@ -408,7 +409,6 @@ SPLIT_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 TOKENIZER_BYTES = 200_000_000  # of training text
-ENCODE_TEXTS = 256  # documents encoded in one call
 
 
 class Tokenizer:
@@ -478,7 +478,7 @@ def head_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 def tokenize(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[np.ndarray]:
     """uint16 token ids of each text, without BOS. All cores encode."""
     texts = iter(texts)
-    while batch := list(itertools.islice(texts, ENCODE_TEXTS)):
+    while batch := list(itertools.islice(texts, 256)):
         for ids in tokenizer.encode(batch):
             yield np.array(ids, np.uint16)
 
@@ -522,22 +522,11 @@ def pack(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np
         yield np.concatenate(row)
 
 
-def write_rows(
-    path: Path, texts: Iterator[str], tokenizer: Tokenizer, seq_len: int, max_rows: int | None
-) -> int:
-    """Tokenise and pack texts into a file of rows. Returns how many there are."""
-    rows = pack(tokenize(tokenizer, texts), seq_len + 1, tokenizer.bos)
-    rows = itertools.islice(rows, max_rows)
-    with path.open("wb") as file:
-        for row in tqdm(rows, desc=path.stem, unit=" rows", unit_scale=True, disable=None):
-            file.write(row)
-    return path.stat().st_size // (2 * (seq_len + 1))  # uint16
-
-
 # ---------------------------------------------------------------------------
 # Datasets on disk
 
 MIN_ROWS = {"train": 64, "val": 8}
+ROWS = {"unit": " rows", "unit_scale": True, "disable": None}  # for a progress bar
 
 
 def dataset_key(source: Source, scale_name: str) -> str:
@@ -558,7 +547,7 @@ def split_source(source: Source) -> tuple[Iterator[str], Iterator[str], Iterator
         return documents(source.files), documents(source.val_files), documents(shards)
     mask, val_index = split_by_hash(source.files)
     if not mask.any():
-        stop(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
+        raise Refusal(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
     held_out = set(val_index)
     val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
     train = itertools.compress(documents(source.files), mask)
@@ -582,10 +571,15 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
 
     meta = {"source": source.name, "scale": scale_name, "key": key, "code": CODE_HASH}
     for split, texts, max_rows in (("train", train, None), ("val", val, scale.eval_rows)):
-        n_rows = write_rows(aside / f"{split}.bin", texts, tokenizer, scale.seq_len, max_rows)
+        rows = pack(tokenize(tokenizer, texts), scale.seq_len + 1, tokenizer.bos)
+        n_rows = 0
+        with (aside / f"{split}.bin").open("wb") as file:
+            for row in tqdm(itertools.islice(rows, max_rows), desc=split, **ROWS):
+                file.write(row)
+                n_rows += 1
         if n_rows < MIN_ROWS[split]:
             shutil.rmtree(aside)
-            stop(
+            raise Refusal(
                 f"{source.name} has too little text: {n_rows} {split} rows of {scale.seq_len} "
                 f"tokens, and {MIN_ROWS[split]} are needed; add text or take --scale small"
             )
@@ -618,33 +612,12 @@ def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> P
     return folder
 
 
-def load_rows(split: str) -> np.memmap:
-    """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16, mapped from disk."""
-    folder, meta = dataset()
-    path = folder / f"{split}.bin"
-    shape = (meta[f"{split}_rows"], MAX_SEQ_LEN + 1)
-    if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
-        stop(f"{path} is damaged; delete its folder and run `uv run prepare.py` again")
-    return np.memmap(path, np.uint16, "r", shape=shape)
-
-
-@functools.cache
-def read_ahead(path: Path) -> None:
-    """Read a file in the background, so that its rows are in memory when the clock starts."""
-
-    def read() -> None:
-        with path.open("rb") as file:
-            while file.read(1 << 22):
-                pass
-
-    threading.Thread(target=read, name="read ahead", daemon=True).start()
-
-
 # ---------------------------------------------------------------------------
 # Clock
 
 STARTUP_SECONDS = 600  # for one attempt to compile and to take the first steps
 HANG_SECONDS = 300  # beyond the budget, and for each batch of a check or an evaluation
+LATEST_END = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a step may be under way
 
 
 def watch(seconds: float) -> None:
@@ -657,12 +630,9 @@ def watch(seconds: float) -> None:
 class Run:
     """What the harness knows of the run in this process."""
 
-    start: float | None = None  # of the clock, by monotonic()
+    start: float | None = None  # when training rows were first read, by monotonic()
     tokens: int = 0  # drawn from the loader
-    tokens_seen: int = 0  # of these, when train.py last read the clock
-    steps: int = 0  # times that train.py drew tokens and then read the clock
-    untrained: tuple | None = None  # the model that was checked, until the clock starts
-    evaluated: bool = False
+    evaluated: bool = False  # after training
     result: dict | None = None  # of evaluate_bpb
 
 
@@ -670,14 +640,10 @@ run = Run()
 
 
 class Clock:
-    """Counts from the first training batch that the process draws. It can only be read."""
-
-    __slots__ = ()
+    """Counts from the moment at which training rows are first read, and excludes nothing."""
 
     def elapsed(self) -> float:
-        """Seconds since the first batch was drawn."""
-        run.steps += run.tokens > run.tokens_seen
-        run.tokens_seen = run.tokens
+        """Seconds since then; 0 before."""
         return 0.0 if run.start is None else monotonic() - run.start
 
     def progress(self) -> float:
@@ -688,243 +654,29 @@ class Clock:
 clock = Clock()
 
 
-def training_seconds() -> float:
-    """Seconds that the training took. Ends the process if these are more than the budget.
-
-    The last step may begin in time and end late. So a run may be late by a second and four mean
-    steps, but not by more than 3% of the budget or 5 s.
-    """
-    if DEVICE != "cpu":
-        torch.accelerator.synchronize()
-    seconds = clock.elapsed()
-    step = seconds / max(1, run.steps)
-    if seconds > TIME_BUDGET + min(1 + 4 * step, max(0.03 * TIME_BUDGET, 5)):
-        took = f"the training took {seconds:.1f} s of a budget of {TIME_BUDGET:g} s"
-        stop(f"{took}; read the clock before a step, evaluate at once, and lower TOTAL_BATCH_SIZE")
-    return seconds
-
-
-# ---------------------------------------------------------------------------
-# Scoring
-
-SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
-
-
-def own_tokenizer(theirs: Tokenizer) -> Tokenizer:
-    """The tokenizer that made the rows, read anew. Ends the process if theirs is another one."""
-    own = Tokenizer.from_directory()
-    if theirs.bpe.to_str() != own.bpe.to_str():
-        stop("this tokenizer is not the one that made the rows; use Tokenizer.from_directory()")
-    return own
-
-
-def val_batch(number: int, batch_size: int, bos: int, ahead: int = 0) -> torch.Tensor:
-    """Inputs (batch_size, MAX_SEQ_LEN) of a validation batch, or targets, which are 1 token ahead.
-
-    Rows of BOS fill the last batch, so that a compiled model sees one shape. BOS is no target.
-    """
-    rows = load_rows("val")[number * batch_size : (number + 1) * batch_size]
-    tokens = rows[:, ahead : ahead + MAX_SEQ_LEN].astype(np.int64)
-    filled = np.pad(tokens, ((0, batch_size - len(rows)), (0, 0)), constant_values=bos)
-    return torch.from_numpy(filled).to(DEVICE)
-
-
-def get_logits(model: nn.Module, inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
-    """Logits (B, T, vocab_size) of inputs (B, T). Ends the process if it gets anything else."""
-    watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
-    expected = (*inputs.shape, tokenizer.get_vocab_size())
-    logits = model(inputs.clone())  # a copy, which the model may change
-    # A subclass of Tensor could compute its own cross-entropy.
-    shape = tuple(logits.shape) if type(logits) is torch.Tensor else type(logits).__name__
-    if shape != expected:
-        stop(f"model(inputs) must give logits {expected}, but it gives {shape}")
-    return logits
-
-
-def in_slices(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices along the batch: which rows, and their logits in float32, SLICE of them at most."""
-    n_rows = max(1, SLICE // logits[0].numel())
-    for first in range(0, len(logits), n_rows):
-        rows = slice(first, first + n_rows)
-        yield rows, logits[rows].float()
-
-
-def token_nats(
-    logits: torch.Tensor, number: int, tokenizer: Tokenizer, names: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The cross-entropy of each target of a validation batch in nats, (B, T). BOS has none.
-
-    The targets are read here, when the model has run: it could find them in memory. `names` gives
-    each token another name. Ends the process if a logit is not finite.
-    """
-    targets = val_batch(number, len(logits), tokenizer.bos, ahead=1)
-    targets = targets if names is None else names[targets]
-    nats = []
-    for rows, z in in_slices(logits):
-        low, high = z.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            stop("the model gives logits that are not finite")
-        y = targets[rows].flatten()
-        nats.append(cross_entropy(z.flatten(0, 1), y, ignore_index=tokenizer.bos, reduction="none"))
-    return torch.cat(nats).view(targets.shape)
-
-
-# ---------------------------------------------------------------------------
-# Inspection: what a model must not do
-#
-# A logit may depend on the tokens up to its own position, and on nothing else. So we change what it
-# must not depend on, and compare. Two calls on the same input should agree in every bit, and then
-# so should the others. Where the hardware makes two calls differ, we compare the nats of the true
-# targets: each may differ by four times as much, but on average the change must not matter.
-
-NOISE = 0.02  # standard deviation of what the early check adds to all trainable parameters
-WARM_UPS = 4  # calls before the comparisons, so that a memory of the last few is full
-MAX_WOBBLE = 1 / 4  # nats by which a token may differ when the same input comes twice
-MAX_GAIN = 0.01  # nats by which a change may matter on average, where two calls differ
-HEAD_START = 0.25  # nats of a token by which an untrained model may beat a uniform guess
-
-
-def replacement_tokens(inputs: torch.Tensor, tokenizer: Tokenizer) -> torch.Tensor:
-    """Tokens (B, T) that differ from the inputs everywhere.
-
-    Most are random. One in sixteen is BOS and one in sixteen repeats the input before it, to catch
-    a model that looks at the next token only in those cases.
-    """
-    vocab_size, device = tokenizer.get_vocab_size(), inputs.device
-    generator = torch.Generator(device).manual_seed(0)
-    distance = torch.randint(1, vocab_size, inputs.shape, generator=generator, device=device)
-    kind = torch.randint(16, inputs.shape, generator=generator, device=device)
-    random = (inputs + distance) % vocab_size
-    special = torch.where(kind == 0, tokenizer.bos, inputs.roll(1, 1))
-    return torch.where((kind <= 1) & (special != inputs), special, random)
-
-
-Masks = Iterator[tuple[torch.Tensor, torch.Tensor]]  # of the tokens kept, and of those judged
-
-
-def prefixes(B: int, T: int) -> Masks:
-    """Masks (B, T) that keep the beginning of each row and drop what follows.
-
-    Rows are cut at different positions, and every position is the last one kept in some mask. The
-    last token that is kept in a row is the one to judge, because the next one is new.
-    """
-    row, position = torch.arange(B)[:, None], torch.arange(T)
-    for first in range(0, T, B):
-        yield position <= first + row, position == first + row
-
-
-def stripes(B: int, T: int) -> Masks:
-    """Masks (B, T) that keep every other row, every other two rows, every other four, and so on.
-
-    Each mask is followed by its opposite. So for any two rows, some mask keeps only the first.
-    """
-    row, width = torch.arange(B)[:, None], 1
-    while width < B:
-        even = ((row // width) % 2 == 0).expand(B, T)
-        yield even, even
-        yield ~even, ~even
-        width *= 2
-
-
-def checksums(logits: torch.Tensor) -> torch.Tensor:
-    """For each position the sum (B, T) of its logits as integers, which tells other bits."""
-    sums = [z.view(torch.int32).sum(-1, dtype=torch.int32) for _, z in in_slices(logits)]
-    return torch.cat(sums)
-
-
-def inspect_model(model: nn.Module, number: int, batch_size: int, tokenizer: Tokenizer) -> float:
-    """End the process if a logit depends on later tokens, other rows, earlier calls, or chance.
-
-    Looks at one validation batch. Returns by how many nats of a token, on average, the hardware
-    may let another call differ.
-    """
-    inputs = val_batch(number, batch_size, tokenizer.bos)
-    others = replacement_tokens(inputs, tokenizer)
-    for _ in range(WARM_UPS):
-        logits = get_logits(model, inputs, tokenizer)
-    base_sums, base_nats = checksums(logits), token_nats(logits, number, tokenizer)
-
-    # The same input twice
-    logits = get_logits(model, inputs, tokenizer)
-    exact = torch.equal(checksums(logits), base_sums)
-    wobble = (token_nats(logits, number, tokenizer) - base_nats).abs().max().item()
-    if wobble > MAX_WOBBLE:
-        stop("the same input gives other logits: does it draw random numbers, or keep a memory?")
-    tolerance = 4 * max(wobble, 1e-6)  # float32 has no more digits
-
-    def gap(tokens: torch.Tensor) -> torch.Tensor:
-        """By how many nats (B, T) each token differs from the base."""
-        return token_nats(get_logits(model, tokens, tokenizer), number, tokenizer) - base_nats
-
-    def changes(tokens: torch.Tensor) -> torch.Tensor:
-        """How much the logits at each position (B, T) change with these tokens; 0 if not at all."""
-        if exact:
-            return (checksums(get_logits(model, tokens, tokenizer)) != base_sums).float()
-        return gap(tokens)
-
-    # Other tokens in other rows, then other tokens after position t
-    for what, masks in (("other rows or earlier batches", stripes), ("later tokens", prefixes)):
-        gains = [torch.zeros(1, device=inputs.device)]  # a batch of one row has no other rows
-        for kept, judged in masks(*inputs.shape):
-            kept, judged = kept.to(inputs.device), judged.to(inputs.device)
-            tokens = torch.where(kept, inputs, others)
-            change = changes(tokens)
-            if (change * kept).abs().max() > tolerance:
-                by = (gap(tokens) * kept).abs().max().item()
-                stop(f"the logits depend on {what} (by up to {by:.1g} nats of a token)")
-            gains.append(change[judged])
-        if torch.cat(gains).mean().abs() > MAX_GAIN:
-            stop(f"the logits depend on {what}")
-    return min(tolerance, MAX_GAIN)
-
-
-@torch.no_grad()
-def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
-    """Inspect a model before the clock starts, so that a faulty one costs seconds and not minutes.
-
-    This adds noise to all trainable parameters, which the caller restores: a matrix that is still
-    zero would hide what lies behind it. When the clock starts, check_untrained looks at the model
-    again.
-    """
-    tokenizer = own_tokenizer(tokenizer)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
-    training = model.training
-    model.eval()
-    inspect_model(model, 0, batch_size, tokenizer)
-    model.train(training)
-    run.untrained = (model, batch_size, tokenizer)
-
-
-@torch.no_grad()
-def check_untrained(model: nn.Module, batch_size: int, tokenizer: Tokenizer) -> None:
-    """End the process if a model knows the text before the clock starts.
-
-    Then it beats a uniform guess, and does so no longer when all tokens have swapped their names. A
-    model that repeats what a row has shown needs no names, and may do that from the beginning.
-    """
-    inputs = val_batch(0, batch_size, tokenizer.bos)
-    names = torch.arange(tokenizer.get_vocab_size())
-    words = names[names != tokenizer.bos]
-    swapped = names.clone()
-    swapped[words] = words[torch.randperm(len(words), generator=torch.Generator().manual_seed(0))]
-    training = model.training
-    model.eval()
-    nats = {}
-    for kind, new_names in (("own", names.to(DEVICE)), ("swapped", swapped.to(DEVICE))):
-        logits = get_logits(model, new_names[inputs], tokenizer)
-        each = token_nats(logits, 0, tokenizer, new_names)
-        nats[kind] = each[each != 0].mean().item()  # without BOS
-    no_better = min(nats["swapped"], math.log(len(names)))
-    if nats["own"] < no_better - HEAD_START:
-        found = f"{nats['own']:.2f} nats per token, where {no_better:.2f} are expected"
-        stop(f"the model knows the text before the clock starts ({found}); learn from batches only")
-    model.train(training)
-
-
 # ---------------------------------------------------------------------------
 # Loader
+
+
+def map_rows(split: str) -> np.memmap:
+    """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16, mapped from disk."""
+    folder, meta = dataset()
+    path = folder / f"{split}.bin"
+    shape = (meta[f"{split}_rows"], MAX_SEQ_LEN + 1)
+    if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
+        raise Refusal(f"{path} is damaged; delete its folder and run `uv run prepare.py` again")
+    return np.memmap(path, np.uint16, "r", shape=shape)
+
+
+def load_rows(split: str) -> np.memmap:
+    """The rows of a split, as map_rows gives them. Training rows start the clock.
+
+    Whoever reads these learns from them, be it by gradients or by counting tokens.
+    """
+    if split == "train" and run.start is None:
+        run.start = monotonic()
+        watch(TIME_BUDGET + HANG_SECONDS)
+    return map_rows(split)
 
 
 @functools.cache  # all loaders of a process share one order
@@ -936,39 +688,28 @@ def row_order(n_rows: int) -> Iterator[tuple[int, int]]:
             yield epoch + 1, row
 
 
-def start_clock() -> None:
-    """Start the clock, unless it runs."""
-    if run.start is not None:
-        return
-    if run.untrained:
-        check_untrained(*run.untrained)
-        run.untrained = None  # the memory of a model that train.py no longer uses
-    run.start = monotonic()
-    watch(TIME_BUDGET + HANG_SECONDS)
-
-
-def copy_to_device(rows: np.ndarray) -> torch.Tensor:
-    """The rows as int64 on the training device. On CUDA the copy goes on in the background."""
-    batch = torch.from_numpy(rows.astype(np.int64))
-    if DEVICE == "cuda":  # PyTorch does not reuse pinned memory before the copy is done
-        return batch.pin_memory().to(DEVICE, non_blocking=True)
-    return batch.to(DEVICE)
-
-
-def batches(rows: np.ndarray, B: int, T: int) -> Iterator:
+def batches(B: int, T: int) -> Iterator:
+    rows = load_rows("train")
     order = row_order(len(rows))
     copied = [torch.cuda.Event(), torch.cuda.Event()] if DEVICE == "cuda" else None
     for turn in itertools.count():
         if run.evaluated:
-            stop("the evaluation has begun, and the loader gives no more batches")
-        start_clock()
+            raise Refusal("the loader gives no more batches, because evaluate_bpb was called")
+        if clock.elapsed() > LATEST_END:
+            raise Refusal(
+                f"the {TIME_BUDGET:g} s of training are over, so the loader gives no more batches; "
+                "end the loop when prepare.clock.progress() is 1, and compile before the first "
+                "batch, on random tokens, because that clock starts with it"
+            )
         run.tokens += B * T
         drawn = list(itertools.islice(order, B * T // MAX_SEQ_LEN))
         numbers = [number for _, number in drawn]
         epoch = drawn[-1][0]
+        batch = torch.from_numpy(rows[numbers].astype(np.int64))  # (rows, MAX_SEQ_LEN + 1)
         if copied:
+            batch = batch.pin_memory()  # PyTorch does not reuse this memory before it is copied
             copied[turn % 2].synchronize()  # the host is at most two batches ahead of the GPU
-        batch = copy_to_device(rows[numbers])  # (rows, MAX_SEQ_LEN + 1)
+        batch = batch.to(DEVICE, non_blocking=True)
         if copied:
             copied[turn % 2].record()
         inputs, targets = batch[:, :-1].clone(), batch[:, 1:].clone()
@@ -980,91 +721,196 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
 
     Inputs and targets are int64 (B, T) on the training device, targets one token ahead. A T below
     MAX_SEQ_LEN cuts each row into pieces. The epoch is that of the last row, counted from 1. The
-    first batch starts the clock. A second loader goes on where the first one is.
+    first batch starts the clock. A second loader goes on where the first one is. The tokenizer has
+    no effect, because the rows are tokenised already.
     """
     if split != "train":
-        stop("the loader gives training rows only; evaluate_bpb reads the validation rows itself")
+        raise Refusal("the loader gives training rows only; evaluate_bpb reads the others itself")
     if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
-        stop(f"{B} x {T} are no whole rows: T must divide {MAX_SEQ_LEN}, which must divide B x T")
-    own_tokenizer(tokenizer)
-    rows = load_rows("train")
-    read_ahead(rows.filename)
+        raise Refusal(f"T = {T} must divide {MAX_SEQ_LEN}, which must divide B x T = {B * T}")
+    map_rows("train")._mmap.madvise(mmap.MADV_WILLNEED)  # read the file now, not on the clock
     watch(STARTUP_SECONDS)
-    return batches(rows, B, T)
+    return batches(B, T)
 
 
 # ---------------------------------------------------------------------------
 # Metric: bits per byte
 
 LN2 = math.log(2)  # nats in a bit
+SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
+SPOTS = 1024  # tokens that an evaluation scores alone, at least
+MAX_CHANGE = 0.25  # nats by which the score of a token may change
+MAX_MEAN_CHANGE = 1e-4  # nats by which the scores of all spots may change on average
+CHECK_BATCHES = 4  # validation batches that check_model looks at
+NOISE = 0.1  # standard deviation of what check_model adds to all trainable parameters
 
 
-def harness_digest(tokenizer: Tokenizer) -> str:
+@dataclass
+class Judge:
+    """Scores tokens by a model, and refuses a model that sees more than a token's own past.
+
+    By mistake a model may see later tokens, other rows or earlier batches: through a wrong mask, a
+    mean over time, a norm over the batch, a buffer. One question finds all of these: does a token
+    get the same score when everything but its own past is replaced?
+    """
+
+    model: nn.Module
+    B: int  # rows of a batch; a compiled model sees one shape only
+    tokenizer: Tokenizer
+
+    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, vocab_size) of inputs (B, T). Raises Refusal if they are anything else."""
+        watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
+        logits = self.model(inputs.clone().to(DEVICE))  # a copy, which the model may change
+        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        expected = (*inputs.shape, self.tokenizer.get_vocab_size())
+        if shape != expected:
+            raise Refusal(f"model(inputs) must give logits {expected}, but it gives {shape}")
+        return logits
+
+    def nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy (N,) of targets (N,) under logits (N, vocab_size); 0 for BOS."""
+        nats, targets = [], targets.to(logits.device)
+        n = max(1, SLICE // logits.size(1))
+        for z, y in zip(logits.split(n), targets.split(n), strict=True):
+            z = z.float()
+            if not torch.stack(z.aminmax()).isfinite().all():
+                raise Refusal("the model gives logits that are not finite")
+            nats.append(F.cross_entropy(z, y, ignore_index=self.tokenizer.bos, reduction="none"))
+        return torch.cat(nats).cpu()
+
+    def score(self, rows: torch.Tensor) -> torch.Tensor:
+        """The nats (n, T) of all targets of rows (n, T + 1)."""
+        nats = []
+        for batch in rows.split(self.B):
+            logits = self.logits(batch[:, :-1])
+            nats.append(self.nats(logits.flatten(0, 1), batch[:, 1:].flatten()))
+        return torch.cat(nats).view(len(rows), -1)
+
+    def score_alone(self, rows: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
+        """The nats (n,) of one target of each row (n, T + 1): of that after position spots (n,).
+
+        A row keeps its tokens up to there, and random ones follow.
+        """
+        nats, each = [], torch.arange(self.B)
+        for batch, spot in zip(rows.split(self.B), spots.split(self.B), strict=True):
+            later = torch.arange(batch.size(1)) > spot[:, None]
+            random = torch.randint_like(batch, self.tokenizer.get_vocab_size())
+            logits = self.logits(torch.where(later, random, batch)[:, :-1])
+            nats.append(self.nats(logits[each, spot], batch[each, spot + 1]))
+        return torch.cat(nats)
+
+    def judge(self, rows: np.ndarray, n_spots: int) -> torch.Tensor:
+        """The nats (n, T) of all targets of rows (n, T + 1), if the model passes.
+
+        A spot is a row by chance and a position, and every position has its turn. Half of the spots
+        are scored alone before the pass over all rows, and half after it. Raises Refusal if one of
+        these scores differs from the pass by more than MAX_CHANGE, or if all do on average by more
+        than MAX_MEAN_CHANGE and four standard errors. What remains is rounding, as of an FFT in
+        bfloat16: it moves single scores a little, and the mean not at all.
+        """
+        training = self.model.training
+        self.model.eval()
+        n, T = len(rows), rows.shape[1] - 1
+        rows = torch.from_numpy(rows.astype(np.int64))
+        rows = F.pad(rows, (0, 0, 0, -n % self.B), value=self.tokenizer.bos)
+        n_spots = 2 * self.B * math.ceil(n_spots / (2 * self.B))
+        chance = np.random.default_rng()  # seeded by the operating system
+        row = torch.from_numpy(chance.integers(n, size=n_spots))
+        spot = torch.from_numpy(chance.permutation(n_spots) % T)
+        first, second = torch.arange(n_spots).chunk(2)
+
+        before = self.score_alone(rows[row[first]], spot[first])
+        nats = self.score(rows)
+        after = self.score_alone(rows[row[second]], spot[second])
+        again = self.score(rows[: self.B])
+        change = (again - nats[: self.B]).abs().max()
+        if not change <= MAX_CHANGE:
+            by = f"a score changes by {change:.2g} nats"
+            raise Refusal(f"the model draws random numbers or keeps a memory ({by}); it must not")
+
+        changes = torch.cat([before, after]) - nats[row, spot]
+        largest, worst = changes.abs().max(0)
+        mean, error = changes.mean().abs(), changes.std() / math.sqrt(n_spots)
+        if not (largest <= MAX_CHANGE and mean <= max(MAX_MEAN_CHANGE, 4 * error)):
+            cause = self.blame(rows, row[worst], spot[worst], largest)
+            by = f"a score changes by {largest:.2g} nats, all by {mean:.2g} on average"
+            raise Refusal(f"the score of a token depends on {cause} ({by}); it must not")
+        self.model.train(training)
+        return nats[:n]
+
+    def blame(self, rows: torch.Tensor, row: int, spot: int, change: float) -> str:
+        """What it is that changed the score of a spot by so much."""
+        i = row % self.B
+        batch = rows[row - i : row - i + self.B]  # as the spot stood in the pass
+        spots = torch.full((self.B,), batch.size(1) - 2)  # the last ones, which replace nothing
+        spots[i] = spot
+        for _ in range(2):  # twice, so that a model with a memory has the same past in both calls
+            kept = self.score(batch)[i, spot]
+        replaced = [self.score_alone(batch, spots)[i] for _ in range(3)]
+        is_later = max(abs(nats - kept) for nats in replaced) > 0.01 * change
+        return "later tokens" if is_later else "other rows or earlier batches"
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
+    """Judge a model before the clock starts, so that a faulty one costs seconds and not minutes.
+
+    This adds noise to all trainable parameters, which the caller restores: a projection that is
+    still zero would hide what lies behind it.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=NOISE)
+    rows = load_rows("val")[: CHECK_BATCHES * batch_size]
+    Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN)
+
+
+def harness_digest() -> str:
     """12 hex digits over all that gives val_bpb its meaning. Two values compare if these agree."""
-    parts = [CODE_HASH, TIME_BUDGET, tokenizer.bpe.to_str(), dataset()[1]["key"]]
+    folder, meta = dataset()
+    parts = [CODE_HASH, TIME_BUDGET, meta["key"], (folder / "tokenizer.json").read_text()]
     text = json.dumps(parts).encode()
     return hashlib.sha256(text + load_rows("val").tobytes()).hexdigest()[:12]
-
-
-def definitions() -> dict:
-    """Each name of this file with what it stands for, and with its code if it is a function."""
-    found = {name: value for name, value in globals().items() if name != "AS_IMPORTED"}
-    for cls in (Tokenizer, Run, Clock):
-        found |= {f"{cls.__name__}.{name}": value for name, value in vars(cls).items()}
-    return {name: (value, getattr(value, "__code__", None)) for name, value in found.items()}
-
-
-def check_harness() -> None:
-    """End the process if something in this file was replaced since the import."""
-    now = definitions()
-    for name, (value, code) in AS_IMPORTED.items():
-        if name not in now or now[name][0] is not value or now[name][1] is not code:
-            stop(f"{name} of prepare.py was replaced, so the run has no val_bpb; leave it as it is")
 
 
 @torch.no_grad()
 def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> float:
     """Bits per byte of the validation rows.
 
-    The loss of a token is a number of nats. Another tokenizer cuts a text into other tokens, but
-    the bytes of the text remain the same. So we divide the nats of all target tokens by the bytes
-    of text that these tokens stand for, and by ln 2 for bits. BOS counts in neither sum.
+    A loss in nats for each token depends on the tokenizer: one that cuts a text into fewer tokens
+    has more to predict in each. The bytes of the text stay the same. So we divide the nats of all
+    target tokens by the bytes that these tokens stand for, and by ln 2 for bits. BOS, which stands
+    for no text, counts in neither sum.
 
     model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
-    batch size. Ends the process if the training took too long, if it was evaluated before, if a
-    logit is not finite, if inspect_model refuses the model, or if the harness was changed.
+    batch size. Raises Refusal if the training took too long or was evaluated before, and what Judge
+    raises. The tokenizer is always the one that made the rows.
     """
-    if run.start is not None and run.evaluated:
-        stop("evaluate_bpb was called before; call it once, when the training is over")
-    run.evaluated = True
-    training = model.training
-    model.eval()
-    seconds = training_seconds()  # the model's own eval() counts
-    tokenizer = own_tokenizer(tokenizer)
-    n_batches = math.ceil(len(load_rows("val")) / batch_size)
-    inspected = np.random.default_rng().integers(n_batches)  # the model cannot know which
-    nats = []
-    again = [0, inspected, n_batches - 1]
-    for number in [*range(n_batches), *again]:
-        inputs = val_batch(number, batch_size, tokenizer.bos)
-        logits = get_logits(model, inputs, tokenizer)
-        nats.append(token_nats(logits, number, tokenizer).sum().item())
-        if len(nats) == inspected + 1:
-            tolerance = inspect_model(model, number, batch_size, tokenizer)
-    nats, nats_again = nats[:n_batches], nats[n_batches:]
-    for number, second in zip(again, nats_again, strict=True):
-        if abs(second - nats[number]) > tolerance * inputs.numel():
-            stop("the model carries state from one batch to the next")
-    model.train(training)
-    total_bytes = int(tokenizer.token_bytes()[load_rows("val")[:, 1:]].sum())
-    bpb = sum(nats) / (LN2 * total_bytes)
-    check_harness()
+    if run.evaluated:
+        raise Refusal("evaluate_bpb was called before; call it once, when the training is over")
+    run.evaluated = run.start is not None
+    if DEVICE != "cpu":
+        torch.accelerator.synchronize()
+    seconds = clock.elapsed()
+    if seconds > LATEST_END:
+        took = f"the training took {seconds:.1f} s of a budget of {TIME_BUDGET:g} s"
+        raise Refusal(f"{took}; read the clock before a step, and lower TOTAL_BATCH_SIZE")
+    tokenizer = Tokenizer.from_directory()  # the one that made the rows
+    rows = load_rows("val")
+    nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN))
+    total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
+    bpb = nats.sum(dtype=torch.float64).item() / (LN2 * total_bytes)
+    for name, value in AS_IMPORTED.items():
+        if globals().get(name) is not value:  # such as TIME_BUDGET
+            raise Refusal(f"{name} of prepare.py was assigned anew; leave it as it was imported")
     run.result = {
         "val_bpb": f"{bpb:.6f}",
         "training_seconds": f"{seconds:.1f}",
         "total_tokens_M": f"{run.tokens / 1e6:.1f}",
         "source": dataset()[1]["source"],
-        "harness": harness_digest(tokenizer),
+        "harness": harness_digest(),
+        "code": SCRIPT_HASH,
     }
     return bpb
 
@@ -1072,7 +918,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
 def print_summary(rest: dict) -> None:
     """Print the summary of a run: what evaluate_bpb has measured, and the rest after it."""
     if run.result is None:
-        stop("there is no result to print; call evaluate_bpb first")
+        raise Refusal("there is no result to print; call evaluate_bpb first")
     print("---")
     for key, value in (run.result | rest | run.result).items():  # the harness's values count
         print(f"{key + ':':<17} {value}")
@@ -1112,7 +958,7 @@ def main() -> None:
     try:
         folder = make_dataset(args.source, args.scale, args.num_shards)
     except OSError as error:
-        stop(f"{error.filename or CACHE}: {error.strerror or error}")
+        raise Refusal(f"{error.filename or CACHE}: {error.strerror or error}") from None
     if DEVICE == "cuda" or args.scale != "small":
         fetch_attention_kernel()
     meta = json.loads((folder / "meta.json").read_text())
@@ -1121,7 +967,12 @@ def main() -> None:
     print(f"ready      {folder.name}; next: uv run train.py")
 
 
-AS_IMPORTED = definitions()
+# The file that runs, which is train.py, as it is now, because it may be edited meanwhile. This is
+# how git hashes it, so that `git rev-parse COMMIT:train.py` begins with the same digits.
+SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).read_bytes()
+SCRIPT = SCRIPT.replace(b"\r\n", b"\n")  # as git stores what it checks out on Windows
+SCRIPT_HASH = hashlib.sha1(b"blob %d\0" % len(SCRIPT) + SCRIPT).hexdigest()[:12]
+AS_IMPORTED = dict(globals())
 
 if __name__ == "__main__":
     main()

@@ -701,7 +701,8 @@ def grad_accum_steps(B: int) -> int:
     """How many batches of B rows make one optimizer step."""
     steps, rest = divmod(TOTAL_BATCH_SIZE, B * MAX_SEQ_LEN)
     if rest or not steps:
-        prepare.stop(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is no multiple of {B} x {MAX_SEQ_LEN}")
+        tokens = f"{B} x {MAX_SEQ_LEN}"
+        raise prepare.Refusal(f"TOTAL_BATCH_SIZE {TOTAL_BATCH_SIZE} is no multiple of {tokens}")
     return steps
 
 
@@ -829,9 +830,9 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a file of the output shows every line at once
     folder = os.path.dirname(os.path.abspath(SAVE or "."))
     if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(folder)):
-        prepare.stop(f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder; name another one")
+        raise prepare.Refusal(f"AUTORESEARCH_SAVE={SAVE} is no file in a folder that exists")
     if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % N_KV_HEAD:
-        prepare.stop("HEAD_DIM must divide N_EMBD, and N_KV_HEAD the number of heads")
+        raise prepare.Refusal("HEAD_DIM must divide N_EMBD, and N_KV_HEAD the number of heads")
     grad_accum_steps(DEVICE_BATCH_SIZE)  # a batch that does not divide shows before compiling
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
@@ -891,7 +892,10 @@ def main() -> None:
             torch.save(saved, SAVE + ".part")
             os.replace(SAVE + ".part", SAVE)
         except (OSError, RuntimeError) as error:
-            prepare.stop(f"AUTORESEARCH_SAVE={SAVE} could not be written ({prepare.reason(error)})")
+            why = prepare.reason(error)
+            raise prepare.Refusal(
+                f"AUTORESEARCH_SAVE={SAVE} could not be written ({why})"
+            ) from None
 
 
 if __name__ == "__main__":

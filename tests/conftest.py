@@ -1,8 +1,8 @@
 """
 The machinery of the tests, so that a test itself is only a short claim.
 
-It gives the tests a small corpus with a cache of its own, a Hugging Face hub with faults, models
-that cheat, a fake attention kernel, and a copy of train.py that runs as a script.
+It gives the tests a small corpus with a cache of its own, a Hugging Face hub with faults, a fake
+attention kernel, and a copy of train.py that runs as a script.
 """
 
 import atexit
@@ -10,7 +10,6 @@ import faulthandler
 import hashlib
 import http.server
 import json
-import math
 import os
 import re
 import shutil
@@ -66,8 +65,6 @@ command = [sys.executable, ROOT / "prepare.py", "--source", CORPUS, "--scale", "
 subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
 
 import prepare  # noqa: E402
 import train  # noqa: E402
@@ -142,12 +139,10 @@ def tiny(tiny_cache: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     monkeypatch.setitem(prepare.SCALES, "tiny", TINY)
     monkeypatch.setattr(prepare, "DEVICE", "cpu")
     monkeypatch.setattr(prepare, "MAX_SEQ_LEN", 32)
-    # Three rows of logits a slice, so that a batch has several slices, as at full scale.
-    monkeypatch.setattr(prepare, "SLICE", 3 * 32 * 512)
+    monkeypatch.setattr(prepare, "SLICE", 3 * 32 * 512)  # a batch has several slices
     monkeypatch.setattr(prepare, "DATASET", prepare.find_dataset())
     monkeypatch.setattr(prepare, "run", prepare.Run())
-    # The harness refuses to score when something in prepare.py was replaced, as above.
-    monkeypatch.setattr(prepare, "check_harness", lambda: None)
+    monkeypatch.setattr(prepare, "AS_IMPORTED", {})  # names were assigned anew, as above
     prepare.row_order.cache_clear()
     return prepare.DATASET[0]
 
@@ -168,12 +163,9 @@ def parquet(**columns: list) -> bytes:
 class Hub:
     """A real HTTP server on this machine that serves parquet files as the hub does.
 
-    It lets a test see what a download does when the network fails. A test puts the faults of the
-    coming requests for a file into `faults`, under the file's name. Each request takes one of them,
-    and the last one stays. `requests` then holds each request for a file: its name, and the byte
-    from which on the client asked for it.
-
-    A fault is a number or one of these words:
+    Each request for a file takes one of the faults that a test has put into `faults` under the
+    file's name, and the last one stays. `requests` holds each request: the name of the file, and
+    the byte from which on the client asked for it. A fault is a number or one of these words:
 
     a number     the hub answers with this HTTP status
     "html"       the hub sends a web page, as a hotel's network does that wants a login first
@@ -191,23 +183,12 @@ class Hub:
         self.requests: list[tuple[str, int]] = []
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
         self.server.hub = self
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def add(self, name: str, texts: list[str]) -> None:
-        self.files[name] = parquet(text=texts)
-
     def next_fault(self, name: str) -> int | str:
-        """Take the next fault of a file from its list. The last one of the list stays there."""
         faults = self.faults.get(name, [""])
-        if len(faults) > 1:
-            return faults.pop(0)
-        return faults[0]
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        return faults.pop(0) if len(faults) > 1 else faults[0]
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -234,28 +215,23 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             self.send_file(hub.files[name], start)
             return
         hub.requests.append((name, start))
-        if name in hub.files:
-            self.answer(name, start, hub.next_fault(name))
-        else:
-            self.reply(404, b"there is no such file")
-
-    def answer(self, name: str, start: int, fault: int | str) -> None:
-        data = self.server.hub.files[name]
-        sha256 = hashlib.sha256(data).hexdigest()
-        if fault == "sha256":
-            sha256 = "0" * 64
+        if name not in hub.files:
+            self.reply(404)
+            return
+        data, fault = hub.files[name], hub.next_fault(name)
+        sha256 = "0" * 64 if fault == "sha256" else hashlib.sha256(data).hexdigest()
         announced = {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{sha256}"'}
         if isinstance(fault, int):
-            self.reply(fault, b"sorry")
+            self.reply(fault)
         elif fault == "html":
-            self.reply(200, b"<html>captive portal</html>", {"Content-Type": "text/html"})
+            self.reply(200, b"<html>captive portal</html>")
         elif fault == "drop":
             self.send_file(data, start, limit=len(data) // 3)
         elif fault == "no range":
             self.send_file(data, start=0)
         elif fault == "too long":
-            announced = {"X-Linked-Size": str(len(data) // 2), "X-Linked-Etag": '"first version"'}
-            self.reply(200, data, announced)
+            half = {"X-Linked-Size": str(len(data) // 2), "X-Linked-Etag": '"first version"'}
+            self.reply(200, data, half)
         elif fault == "truncated":
             self.reply(200, data[: len(data) // 2], announced)
         else:
@@ -264,20 +240,16 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
     def send_file(self, data: bytes, start: int, limit: int | None = None) -> None:
         """Send a file from a byte on. With a limit the connection breaks after so many bytes."""
         if start >= len(data):
-            self.reply(416, headers={"Content-Range": f"bytes */{len(data)}"})
+            self.reply(416)
             return
         rest = data[start:]
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        self.wfile.write(rest[:limit])
-        if limit is not None and limit < len(rest):
-            self.close_connection = True
+        headers = {"Content-Length": str(len(rest))}
+        self.reply(206 if start else 200, rest[:limit], headers)
+        self.close_connection = limit is not None
 
     def reply(self, status: int, body: bytes = b"", headers: dict | None = None) -> None:
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        for key, value in (headers or {}).items():
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body)
@@ -287,172 +259,16 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub with three shards of ClimbMix. prepare.py downloads from it, and hardly pauses."""
     hub = Hub()
-    hub.add("shard_00000.parquet", TEXTS[:60])
-    hub.add("shard_00001.parquet", TEXTS[60:120])
-    hub.add(VAL, TEXTS[120:])
+    hub.files["shard_00000.parquet"] = parquet(text=TEXTS[:60])
+    hub.files["shard_00001.parquet"] = parquet(text=TEXTS[60:120])
+    hub.files[VAL] = parquet(text=TEXTS[120:])
     monkeypatch.setattr(prepare, "HUB", hub.url)
     monkeypatch.setattr(prepare, "RETRY_PAUSES", (0, 0.01, 0.01))
     monkeypatch.setattr(prepare, "TOKENIZER_BYTES", 200_000)
     yield hub
-    hub.close()
+    hub.server.shutdown()
+    hub.server.server_close()
 
-
-# ---------------------------------------------------------------------------
-# Models for the harness: an honest one, and many that cheat
-
-
-class Toy(nn.Module):
-    """An honest causal model, small enough to be scored in a moment.
-
-    Each token has a row in a table, which holds its logits for the next token. A fiftieth of the
-    rows of this token and all before it is added, so that a logit depends on more than one token.
-    A test takes it where any honest model will do. The cheating models are made of it.
-    """
-
-    def __init__(self, vocab_size: int = 512):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = nn.Parameter(torch.randn(vocab_size, vocab_size, generator=generator))
-        self.zero = nn.Parameter(torch.zeros(()))  # for models whose cheat is hidden
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of tokens x (B, T)."""
-        rows = self.table[x]
-        return rows + rows.cumsum(1) / 50
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.logits(x)
-
-
-class Cheat(Toy):
-    """A Toy whose logits a function changes. With most functions it is a model that cheats.
-
-    The model calls change(model, logits, x) and gives what this returns in place of its logits.
-    `seen` and `mean` are for functions that remember earlier batches. With hidden=True the change
-    is multiplied by a parameter that is zero. Real models begin so: what lies behind a projection
-    that is still zero does not show.
-    """
-
-    def __init__(self, change: Callable, hidden: bool = False):
-        super().__init__()
-        self.change = change
-        self.hidden = hidden
-        self.seen = []
-        self.mean = 0.0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(x)
-        changed = self.change(self, logits.clone(), x)
-        if self.hidden:
-            return logits + self.zero * (changed - logits)
-        return changed
-
-
-def ahead(steps: int, position: int | None = None, row: int | None = None) -> Callable:
-    """A change that adds the token some steps ahead, everywhere or at one position or row."""
-    rows = slice(None) if row is None else slice(row, row + 1)
-    positions = slice(None) if position is None else slice(position, position + 1)
-
-    def change(model, logits, x):
-        later = F.pad(model.table[x], (0, 0, 0, steps))[:, steps:]
-        logits[rows, positions] += 0.01 * later[rows, positions]
-        return logits
-
-    return change
-
-
-def next_token_where(matches: Callable) -> Callable:
-    """A change that gives the next token away only where it matches, which is seldom in a text."""
-
-    def change(model, logits, x):
-        this, following = x[:, :-1], x[:, 1:]
-        logits[:, :-1, 7] += 0.1 * matches(this, following).float()
-        return logits
-
-    return change
-
-
-def is_bos(this: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    return following == 0  # BOS is the first token of the vocabulary
-
-
-def is_repeated(this: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
-    return following == this
-
-
-def tokens_of(choose: Callable) -> Callable:
-    """A change that adds the table's rows of other tokens: choose(rows of x) picks them."""
-
-    def change(model, logits, x):
-        return logits + 0.1 * choose(model.table[x])
-
-    return change
-
-
-def swap_two_rows(rows: torch.Tensor) -> torch.Tensor:
-    return torch.cat([rows[1:2], rows[0:1], rows[2:]])
-
-
-def remember(model: Cheat, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A change that adds the mean token of the batch before this one."""
-    model.seen = [*model.seen, x.float().mean()]
-    last_two = model.seen[-2:]
-    return logits + 0.001 * last_two[0]
-
-
-def running_mean(share: float) -> Callable:
-    """A change that subtracts a running mean, of which each batch replaces this share."""
-
-    def change(model, logits, x):
-        model.mean += share * (logits.mean((0, 1)) - model.mean)
-        return logits - model.mean
-
-    return change
-
-
-def spoil(value: float) -> Callable:
-    """A change that puts this value into one logit of the second row."""
-
-    def change(model, logits, x):
-        logits[1, 7, 5] = value
-        return logits
-
-    return change
-
-
-# What the harness refuses, by what it is. A test makes a model with Cheat(CHEATS[name]).
-LATER_TOKENS = {
-    "one token ahead": ahead(1),
-    "one token ahead at one position": ahead(1, position=13),
-    "one token ahead at the last but one position": ahead(1, position=30),
-    "one token ahead in one row": ahead(1, row=2),
-    "twenty tokens ahead": ahead(20),
-    "a mean over time": tokens_of(lambda rows: rows.mean(1, keepdim=True)),
-    "the next token where it is BOS": next_token_where(is_bos),
-    "the next token where it is this one again": next_token_where(is_repeated),
-}
-OTHER_ROWS = {
-    "a mean over rows": tokens_of(lambda rows: rows.mean(0, keepdim=True)),
-    "the next row": tokens_of(lambda rows: rows.roll(-1, 0)),
-    "the row before": tokens_of(lambda rows: rows.roll(1, 0)),
-    "two rows swapped into one another": tokens_of(swap_two_rows),
-}
-EARLIER_BATCHES = {
-    "the memory of earlier batches": remember,
-    "a quick running mean over batches": running_mean(0.3),
-    "a slow running mean over batches": running_mean(0.01),
-}
-NO_LOGITS = {
-    "NaN in one logit": spoil(math.nan),
-    "infinity in one logit": spoil(math.inf),
-    "minus infinity in one logit": spoil(-math.inf),
-    "random numbers": lambda model, logits, x: logits + 0.1 * torch.randn_like(logits),
-    "a vocabulary too wide": lambda model, logits, x: F.pad(logits, (0, 64)),
-    "a position too few": lambda model, logits, x: logits[:, 1:],
-    "a loss in place of logits": lambda model, logits, x: logits.mean(),
-    "a pair": lambda model, logits, x: (logits, None),
-}
-CHEATS = LATER_TOKENS | OTHER_ROWS | EARLIER_BATCHES | NO_LOGITS
 
 # ---------------------------------------------------------------------------
 # A fake attention kernel
@@ -545,6 +361,7 @@ SUMMARY = [
     "total_tokens_M",
     "source",
     "harness",
+    "code",
     "total_seconds",
     "peak_vram_mb",
     "mfu_percent",
