@@ -186,7 +186,6 @@ CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
-NO_RETRY = (401, 403, 404)  # HTTP statuses that another try does not change
 BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # for a progress bar
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
 
@@ -257,7 +256,7 @@ def fetch(repo: str, name: str) -> Path:
             return path
         except requests.HTTPError as error:
             why = f"HTTP {error.response.status_code} {error.response.reason}"
-            if error.response.status_code in NO_RETRY:
+            if error.response.status_code in (401, 403, 404):  # it would say so again
                 break
         except requests.RequestException as error:
             why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
@@ -539,20 +538,14 @@ def dataset_key(source: Source, scale_name: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def split_source(source: Source) -> tuple[Iterator[str], Iterator[str], Iterator[str]]:
-    """Documents to train on, to validate on, and to train the tokenizer on."""
+def split_source(source: Source) -> tuple[Iterable[bool], Iterable[str]]:
+    """Which of documents(source.files) train, and the documents that validate."""
     if source.val_files:
-        # From shard 0 on, so that --num-shards does not change the tokenizer.
-        shards = (climbmix_shard(number) for number in itertools.count())
-        return documents(source.files), documents(source.val_files), documents(shards)
+        return itertools.repeat(True), documents(source.val_files)
     mask, val_index = split_by_hash(source.files)
-    if not mask.any():
-        raise Refusal(f"{source.name} has {len(val_index)} document(s), too few to split; add text")
     held_out = set(val_index)
     val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
-    train = itertools.compress(documents(source.files), mask)
-    tokenizer_texts = itertools.compress(documents(source.files), mask)
-    return train, (val[i] for i in val_index), tokenizer_texts
+    return mask, [val[i] for i in val_index]
 
 
 def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
@@ -561,15 +554,17 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     aside = folder.with_name("building")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     aside.mkdir()
-    train, val, tokenizer_texts = split_source(source)
+    trains, val = split_source(source)
 
     start = time.time()
-    tokenizer = Tokenizer.train(head_bytes(tokenizer_texts, TOKENIZER_BYTES), scale.vocab_size)
+    texts = itertools.compress(documents(source.files), trains)
+    tokenizer = Tokenizer.train(head_bytes(texts, TOKENIZER_BYTES), scale.vocab_size)
     tokenizer.bpe.save(str(aside / "tokenizer.json"))
     seconds = time.time() - start
     print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens, trained in {seconds:.1f} s")
 
     meta = {"source": source.name, "scale": scale_name, "key": key, "code": CODE_HASH}
+    train = itertools.compress(documents(source.files), trains)
     for split, texts, max_rows in (("train", train, None), ("val", val, scale.eval_rows)):
         rows = pack(tokenize(tokenizer, texts), scale.seq_len + 1, tokenizer.bos)
         n_rows = 0
@@ -736,20 +731,21 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
 # ---------------------------------------------------------------------------
 # Metric: bits per byte
 
-LN2 = math.log(2)  # nats in a bit
 SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
 SPOTS = 1024  # tokens that an evaluation scores alone, at least
-MAX_CHANGE = 0.25  # nats by which the score of a token may change
-MAX_MEAN_CHANGE = 1e-4  # nats by which the scores of all spots may change on average
+# Other tokens may change a score by rounding: in bfloat16 an FFT did, by up to 0.07 nats. So a
+# single score has room. The mean of all has none, and it is what a leak would gain.
+MAX_CHANGE = 0.25  # nats, of a single score
+MAX_MEAN_CHANGE = 1e-4  # nats, of the mean; or four standard errors, if these are more
 CHECK_BATCHES = 4  # validation batches that check_model looks at
-NOISE = 0.1  # standard deviation of what check_model adds to all trainable parameters
+NOISE = 0.1  # standard deviation of what check_model adds; a leak then changes scores by 0.3 to 3
 
 
 @dataclass
 class Judge:
-    """Scores tokens by a model, and refuses a model that sees more than a token's own past.
+    """Scores tokens by a model, and refuses a model that uses more than a token's own past.
 
-    By mistake a model may see later tokens, other rows or earlier batches: through a wrong mask, a
+    By mistake a model may use later tokens, other rows or earlier batches: through a wrong mask, a
     mean over time, a norm over the batch, a buffer. One question finds all of these: does a token
     get the same score when everything but its own past is replaced?
     """
@@ -769,7 +765,7 @@ class Judge:
         return logits
 
     def nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy (N,) of targets (N,) under logits (N, vocab_size); 0 for BOS."""
+        """The cross-entropy (N,) of targets (N,) in nats; 0 for BOS. Logits are (N, vocab_size)."""
         nats, targets = [], targets.to(logits.device)
         n = max(1, SLICE // logits.size(1))
         for z, y in zip(logits.split(n), targets.split(n), strict=True):
@@ -801,13 +797,12 @@ class Judge:
         return torch.cat(nats)
 
     def judge(self, rows: np.ndarray, n_spots: int) -> torch.Tensor:
-        """The nats (n, T) of all targets of rows (n, T + 1), if the model passes.
+        """The nats (n, T) of all targets of rows (n, T + 1). Raises Refusal if they are not honest.
 
-        A spot is a row by chance and a position, and every position has its turn. Half of the spots
-        are scored alone before the pass over all rows, and half after it. Raises Refusal if one of
-        these scores differs from the pass by more than MAX_CHANGE, or if all do on average by more
-        than MAX_MEAN_CHANGE and four standard errors. What remains is rounding, as of an FFT in
-        bfloat16: it moves single scores a little, and the mean not at all.
+        A spot is a row by chance and a position, and every position has its turn. The token after a
+        spot is scored alone: its row goes on at random, and the other rows of the batch come from
+        elsewhere. Half of the spots come before the pass over all rows, which gives the nats, and
+        half after it. The first batch of the pass comes once more at the end.
         """
         training = self.model.training
         self.model.eval()
@@ -900,7 +895,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     rows = load_rows("val")
     nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN))
     total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
-    bpb = nats.sum(dtype=torch.float64).item() / (LN2 * total_bytes)
+    bpb = nats.sum(dtype=torch.float64).item() / (math.log(2) * total_bytes)
     for name, value in AS_IMPORTED.items():
         if globals().get(name) is not value:  # such as TIME_BUDGET
             raise Refusal(f"{name} of prepare.py was assigned anew; leave it as it was imported")

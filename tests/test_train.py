@@ -773,7 +773,10 @@ def test_a_rehearsal_leaves_no_trace(stage):
 
 def test_a_model_that_looks_ahead_is_refused_before_the_clock_starts(stage):
     model, optimizer, tokenizer = stage
-    model.blocks[2].attn.attend = lambda q, k, v, w: train.sdpa_attention(q.flip(1), k, v, w)
+    for block in model.blocks:  # each token attends to the one after it, and not to itself
+        block.attn.attend = lambda q, k, v, w: train.sdpa_attention(
+            q, k.roll(-1, 1), v.roll(-1, 1), w
+        )
     with pytest.raises(prepare.Refusal, match="depends on later tokens"):
         train.fit_batch(model, optimizer, tokenizer)
     assert prepare.run.start is None
