@@ -23,13 +23,13 @@ import hashlib
 import itertools
 import json
 import math
-import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,7 +169,7 @@ EVAL_TOKENS = SCALES[SCALE].eval_rows * MAX_SEQ_LEN  # validation targets at mos
 def dataset() -> tuple[Path, dict]:
     """The folder and meta.json of the dataset to train on. Raises Refusal if there is none."""
     if DATASET is None:
-        raise Refusal("no data is prepared; run `uv run prepare.py` (README: Text)")
+        raise Refusal("no data yet; run `uv run prepare.py` (`--source python` needs no network)")
     if DATASET[1].get("code") != CODE_HASH:
         raise Refusal("another prepare.py prepared the data; run `uv run prepare.py` again")
     return DATASET
@@ -674,6 +674,12 @@ def load_rows(split: str) -> np.memmap:
     return map_rows(split)
 
 
+@functools.cache
+def read_ahead(path: Path) -> None:
+    """Read a file once, in the background, so that it is in memory when the clock starts."""
+    threading.Thread(target=file_hash, args=[path], daemon=True).start()
+
+
 @functools.cache  # all loaders of a process share one order
 def row_order(n_rows: int) -> Iterator[tuple[int, int]]:
     """Epoch and number of the next row, without end. Every epoch is a new permutation."""
@@ -723,7 +729,7 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
         raise Refusal("the loader gives training rows only; evaluate_bpb reads the others itself")
     if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
         raise Refusal(f"T = {T} must divide {MAX_SEQ_LEN}, which must divide B x T = {B * T}")
-    map_rows("train")._mmap.madvise(mmap.MADV_WILLNEED)  # read the file now, not on the clock
+    read_ahead(Path(map_rows("train").filename))
     watch(STARTUP_SECONDS)
     return batches(B, T)
 

@@ -184,7 +184,8 @@ class Hub:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
         self.server.hub = self
         self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        serve = self.server.serve_forever
+        threading.Thread(target=serve, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def next_fault(self, name: str) -> int | str:
         faults = self.faults.get(name, [""])
