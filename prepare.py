@@ -167,11 +167,16 @@ EVAL_TOKENS = SCALES[SCALE].eval_rows * MAX_SEQ_LEN  # validation targets at mos
 
 
 def dataset() -> tuple[Path, dict]:
-    """The folder and meta.json of the dataset to train on. Raises Refusal if there is none."""
+    """The folder and meta.json of the dataset to train on. Raises Refusal if it cannot be used."""
     if DATASET is None:
         raise Refusal("no data yet; run `uv run prepare.py` (`--source python` needs no network)")
-    if DATASET[1].get("code") != CODE_HASH:
-        raise Refusal("another prepare.py prepared the data; run `uv run prepare.py` again")
+    folder, meta = DATASET
+    if meta.get("code") != CODE_HASH:
+        raise Refusal("another prepare.py or Python prepared the data; run `uv run prepare.py`")
+    for split in ("train", "val"):
+        path, size = folder / f"{split}.bin", 2 * meta[f"{split}_rows"] * (MAX_SEQ_LEN + 1)
+        if not path.exists() or path.stat().st_size != size:
+            raise Refusal(f"{path} is damaged; delete its folder and run `uv run prepare.py`")
     return DATASET
 
 
@@ -184,7 +189,6 @@ if "://" not in HUB:
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
-DOWNLOAD_THREADS = 8
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # for a progress bar
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
@@ -286,8 +290,8 @@ def default_source(scale: str) -> str:
 # Text sources: files -> documents
 
 LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines
-CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)  # 2,000 characters up
-VAL_FRACTION = 0.05  # of the documents validates: those with the lowest hash of their text
+CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)  # 2,000 or more each
+VAL_FRACTION = 0.05  # share of the documents that validates: those with the lowest hash
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -336,10 +340,6 @@ class Source(NamedTuple):
     val_files: list[Path] | None  # if None, a part of `files` validates
 
 
-def climbmix_shard(shard: int) -> Path:
-    return fetch(CLIMBMIX, f"shard_{shard:05d}.parquet")
-
-
 def python_files() -> list[Path]:
     """The .py files of the standard library and of every installed package."""
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
@@ -354,9 +354,9 @@ def python_files() -> list[Path]:
 def find_source(source: str, num_shards: int) -> Source:
     """The files of a source, downloaded if need be. Raises Refusal if there are none."""
     if source == "climbmix":
-        shards = [*range(num_shards), CLIMBMIX_VAL_SHARD]
-        with ThreadPoolExecutor(DOWNLOAD_THREADS) as pool:  # if one fails, those under way complete
-            *train, val = pool.map(climbmix_shard, shards)
+        shards = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), CLIMBMIX_VAL_SHARD)]
+        with ThreadPoolExecutor(8) as pool:  # if one fails, those under way complete
+            *train, val = pool.map(functools.partial(fetch, CLIMBMIX), shards)
         return Source(source, train, [val])
     if source == "tinystories":
         return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None)
@@ -383,19 +383,22 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
                 yield text
 
 
-def split_by_hash(files: list[Path]) -> tuple[np.ndarray, list[int]]:
-    """Which documents train and which validate. Only the first copy of a text does either.
+def split_source(source: Source) -> tuple[Iterable[bool], Iterable[str]]:
+    """Which of documents(source.files) train, and the documents that validate, by rising hash.
 
-    Returns a boolean mask over documents(files), and the indices of the validation documents, by
-    rising hash.
+    Copies of an earlier document do neither.
     """
-    hashes = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in documents(files))
-    hashes = np.fromiter((int.from_bytes(h, "big") for h in hashes), np.uint64)
+    if source.val_files:
+        return itertools.repeat(True), documents(source.val_files)
+    digests = (hashlib.blake2b(t.encode(), digest_size=8).digest() for t in documents(source.files))
+    hashes = np.fromiter((int.from_bytes(digest, "big") for digest in digests), np.uint64)
     _, first = np.unique(hashes, return_index=True)  # sorted by hash
     n_val = max(1, round(VAL_FRACTION * len(first)))
-    train = np.zeros(len(hashes), bool)
-    train[first[n_val:]] = True
-    return train, first[:n_val].tolist()
+    trains = np.zeros(len(hashes), bool)
+    trains[first[n_val:]] = True
+    held_out = set(first[:n_val].tolist())
+    val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
+    return trains, [val[i] for i in first[:n_val].tolist()]
 
 
 # ---------------------------------------------------------------------------
@@ -538,16 +541,6 @@ def dataset_key(source: Source, scale_name: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def split_source(source: Source) -> tuple[Iterable[bool], Iterable[str]]:
-    """Which of documents(source.files) train, and the documents that validate."""
-    if source.val_files:
-        return itertools.repeat(True), documents(source.val_files)
-    mask, val_index = split_by_hash(source.files)
-    held_out = set(val_index)
-    val = {i: text for i, text in enumerate(documents(source.files)) if i in held_out}
-    return mask, [val[i] for i in val_index]
-
-
 def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     """Write a dataset beside `folder`, then rename it into place."""
     scale = SCALES[scale_name]
@@ -556,12 +549,10 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     aside.mkdir()
     trains, val = split_source(source)
 
-    start = time.time()
     texts = itertools.compress(documents(source.files), trains)
     tokenizer = Tokenizer.train(head_bytes(texts, TOKENIZER_BYTES), scale.vocab_size)
     tokenizer.bpe.save(str(aside / "tokenizer.json"))
-    seconds = time.time() - start
-    print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens, trained in {seconds:.1f} s")
+    print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens")
 
     meta = {"source": source.name, "scale": scale_name, "key": key, "code": CODE_HASH}
     train = itertools.compress(documents(source.files), trains)
@@ -576,7 +567,7 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
             shutil.rmtree(aside)
             raise Refusal(
                 f"{source.name} has too little text: {n_rows} {split} rows of {scale.seq_len} "
-                f"tokens, and {MIN_ROWS[split]} are needed; add text or take --scale small"
+                f"tokens, and {MIN_ROWS[split]} are needed; add text or take a smaller --scale"
             )
         meta[f"{split}_rows"] = n_rows
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -611,8 +602,8 @@ def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> P
 # Clock
 
 STARTUP_SECONDS = 600  # for one attempt to compile and to take the first steps
-HANG_SECONDS = 300  # beyond the budget, and for each batch of a check or an evaluation
-LATEST_END = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds; a step may be under way
+HANG_SECONDS = 300  # beyond the latest end, and for each batch of a check or an evaluation
+LATEST_END = TIME_BUDGET + max(0.03 * TIME_BUDGET, 5)  # seconds, for the step under way
 
 
 def watch(seconds: float) -> None:
@@ -653,25 +644,17 @@ clock = Clock()
 # Loader
 
 
-def map_rows(split: str) -> np.memmap:
-    """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16, mapped from disk."""
-    folder, meta = dataset()
-    path = folder / f"{split}.bin"
-    shape = (meta[f"{split}_rows"], MAX_SEQ_LEN + 1)
-    if not path.exists() or path.stat().st_size != 2 * math.prod(shape):
-        raise Refusal(f"{path} is damaged; delete its folder and run `uv run prepare.py` again")
-    return np.memmap(path, np.uint16, "r", shape=shape)
-
-
 def load_rows(split: str) -> np.memmap:
-    """The rows of a split, as map_rows gives them. Training rows start the clock.
+    """The rows of a split, (n, MAX_SEQ_LEN + 1) uint16. Reading training rows starts the clock.
 
-    Whoever reads these learns from them, be it by gradients or by counting tokens.
+    It starts for any reader, because a count of tokens is learning, too.
     """
+    folder, meta = dataset()
     if split == "train" and run.start is None:
         run.start = monotonic()
-        watch(TIME_BUDGET + HANG_SECONDS)
-    return map_rows(split)
+        watch(LATEST_END + HANG_SECONDS)
+    shape = (meta[f"{split}_rows"], MAX_SEQ_LEN + 1)
+    return np.memmap(folder / f"{split}.bin", np.uint16, "r", shape=shape)
 
 
 @functools.cache
@@ -699,8 +682,8 @@ def batches(B: int, T: int) -> Iterator:
         if clock.elapsed() > LATEST_END:
             raise Refusal(
                 f"the {TIME_BUDGET:g} s of training are over, so the loader gives no more batches; "
-                "end the loop when prepare.clock.progress() is 1, and compile before the first "
-                "batch, on random tokens, because that clock starts with it"
+                "end the loop when prepare.clock.progress() is 1; the first batch starts that "
+                "clock, so compile before it, on random tokens"
             )
         run.tokens += B * T
         drawn = list(itertools.islice(order, B * T // MAX_SEQ_LEN))
@@ -710,7 +693,7 @@ def batches(B: int, T: int) -> Iterator:
         if copied:
             batch = batch.pin_memory()  # PyTorch does not reuse this memory before it is copied
             copied[turn % 2].synchronize()  # the host is at most two batches ahead of the GPU
-        batch = batch.to(DEVICE, non_blocking=True)
+        batch = batch.to(DEVICE, non_blocking=bool(copied))
         if copied:
             copied[turn % 2].record()
         inputs, targets = batch[:, :-1].clone(), batch[:, 1:].clone()
@@ -729,7 +712,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
         raise Refusal("the loader gives training rows only; evaluate_bpb reads the others itself")
     if B < 1 or T < 1 or MAX_SEQ_LEN % T or B * T % MAX_SEQ_LEN:
         raise Refusal(f"T = {T} must divide {MAX_SEQ_LEN}, which must divide B x T = {B * T}")
-    read_ahead(Path(map_rows("train").filename))
+    refuse_new_names()
+    read_ahead(dataset()[0] / "train.bin")
     watch(STARTUP_SECONDS)
     return batches(B, T)
 
@@ -739,8 +723,8 @@ def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") 
 
 SLICE = 1 << 26  # logits that are handled at once in float32 (256 MB)
 SPOTS = 1024  # tokens that an evaluation scores alone, at least
-# Other tokens may change a score by rounding: in bfloat16 an FFT did, by up to 0.07 nats. So a
-# single score has room. The mean of all has none, and it is what a leak would gain.
+# Rounding, too, changes a score when other tokens change: an FFT in bfloat16 did so by up to 0.07
+# nats, but not on average. What a leak gains shows in the mean.
 MAX_CHANGE = 0.25  # nats, of a single score
 MAX_MEAN_CHANGE = 1e-4  # nats, of the mean; or four standard errors, if these are more
 CHECK_BATCHES = 4  # validation batches that check_model looks at
@@ -790,13 +774,13 @@ class Judge:
         return torch.cat(nats).view(len(rows), -1)
 
     def score_alone(self, rows: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
-        """The nats (n,) of one target of each row (n, T + 1): of that after position spots (n,).
+        """For each row (n, T + 1), the nats (n,) of the token after position spots (n,).
 
-        A row keeps its tokens up to there, and random ones follow.
+        The row keeps its tokens up to this position, and random ones follow.
         """
-        nats, each = [], torch.arange(self.B)
+        nats, each = [], torch.arange(self.B, device=rows.device)
         for batch, spot in zip(rows.split(self.B), spots.split(self.B), strict=True):
-            later = torch.arange(batch.size(1)) > spot[:, None]
+            later = torch.arange(batch.size(1), device=rows.device) > spot[:, None]
             random = torch.randint_like(batch, self.tokenizer.get_vocab_size())
             logits = self.logits(torch.where(later, random, batch)[:, :-1])
             nats.append(self.nats(logits[each, spot], batch[each, spot + 1]))
@@ -805,10 +789,10 @@ class Judge:
     def judge(self, rows: np.ndarray, n_spots: int) -> torch.Tensor:
         """The nats (n, T) of all targets of rows (n, T + 1). Raises Refusal if they are not honest.
 
-        A spot is a row by chance and a position, and every position has its turn. The token after a
-        spot is scored alone: its row goes on at random, and the other rows of the batch come from
-        elsewhere. Half of the spots come before the pass over all rows, which gives the nats, and
-        half after it. The first batch of the pass comes once more at the end.
+        A spot is a random row and a position in it; together the spots cover all positions. The
+        token after a spot is scored alone: its row goes on at random, and the other rows of the
+        batch come from elsewhere. Half of the spots are scored before the pass over all rows, which
+        gives the nats, and half after it. At the end the first batch of the pass is scored again.
         """
         training = self.model.training
         self.model.eval()
@@ -819,7 +803,7 @@ class Judge:
         chance = np.random.default_rng()  # seeded by the operating system
         row = torch.from_numpy(chance.integers(n, size=n_spots))
         spot = torch.from_numpy(chance.permutation(n_spots) % T)
-        first, second = torch.arange(n_spots).chunk(2)
+        first, second = slice(n_spots // 2), slice(n_spots // 2, None)
 
         before = self.score_alone(rows[row[first]], spot[first])
         nats = self.score(rows)
@@ -841,10 +825,10 @@ class Judge:
         return nats[:n]
 
     def blame(self, rows: torch.Tensor, row: int, spot: int, change: float) -> str:
-        """What it is that changed the score of a spot by so much."""
+        """What changed the score of this spot by so much."""
         i = row % self.B
         batch = rows[row - i : row - i + self.B]  # as the spot stood in the pass
-        spots = torch.full((self.B,), batch.size(1) - 2)  # the last ones, which replace nothing
+        spots = torch.full_like(batch[:, 0], batch.size(1) - 2)  # the last ones replace nothing
         spots[i] = spot
         for _ in range(2):  # twice, so that a model with a memory has the same past in both calls
             kept = self.score(batch)[i, spot]
@@ -867,8 +851,15 @@ def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None
     Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN)
 
 
+def refuse_new_names() -> None:
+    """Raise Refusal if a name of this file stands for something else since the import."""
+    for name, value in AS_IMPORTED.items():
+        if globals().get(name) is not value:  # as after prepare.TIME_BUDGET = 600
+            raise Refusal(f"{name} of prepare.py was assigned anew; leave it as it was imported")
+
+
 def harness_digest() -> str:
-    """12 hex digits over all that gives val_bpb its meaning. Two values compare if these agree."""
+    """12 hex digits over all that gives val_bpb its meaning. Only equal ones allow a comparison."""
     folder, meta = dataset()
     parts = [CODE_HASH, TIME_BUDGET, meta["key"], (folder / "tokenizer.json").read_text()]
     text = json.dumps(parts).encode()
@@ -902,9 +893,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN))
     total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
     bpb = nats.sum(dtype=torch.float64).item() / (math.log(2) * total_bytes)
-    for name, value in AS_IMPORTED.items():
-        if globals().get(name) is not value:  # such as TIME_BUDGET
-            raise Refusal(f"{name} of prepare.py was assigned anew; leave it as it was imported")
+    refuse_new_names()
     run.result = {
         "val_bpb": f"{bpb:.6f}",
         "training_seconds": f"{seconds:.1f}",
@@ -968,8 +957,8 @@ def main() -> None:
     print(f"ready      {folder.name}; next: uv run train.py")
 
 
-# The file that runs, which is train.py, as it is now, because it may be edited meanwhile. This is
-# how git hashes it, so that `git rev-parse COMMIT:train.py` begins with the same digits.
+# The running file, train.py, as it is now: it may be edited while it trains. The hash is git's, so
+# `git rev-parse COMMIT:train.py` begins with it.
 SCRIPT = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).read_bytes()
 SCRIPT = SCRIPT.replace(b"\r\n", b"\n")  # as git stores what it checks out on Windows
 SCRIPT_HASH = hashlib.sha1(b"blob %d\0" % len(SCRIPT) + SCRIPT).hexdigest()[:12]

@@ -2,6 +2,7 @@
 
 import faulthandler
 import importlib.util
+import itertools
 import json
 import math
 import re
@@ -151,15 +152,10 @@ def test_every_row_begins_with_bos_and_all_text_but_the_last_row_survives(tokeni
 
 
 def split(source):
-    """What prepare.py does with the documents of a source: a list to train on, and one to validate.
-
-    The second list is in the order in which its documents are packed into rows.
-    """
-    files = prepare.find_source(str(source), 1).files
-    documents = list(prepare.documents(files))
-    mask, val_index = prepare.split_by_hash(files)
-    train = [text for text, trains in zip(documents, mask, strict=True) if trains]
-    return train, [documents[i] for i in val_index]
+    """The documents of a source that train, and those that validate, in the order of packing."""
+    found = prepare.find_source(str(source), 1)
+    trains, val = prepare.split_source(found)
+    return list(itertools.compress(prepare.documents(found.files), trains)), val
 
 
 def write_jsonl(path, texts):
@@ -1059,8 +1055,7 @@ def texts_to_validate(tiny):
         stream.append(tokenizer.bos)
     rows = [[tokenizer.bos, *stream[i : i + 32]] for i in range(0, len(stream), 32)]
     (tiny / "val.bin").write_bytes(np.array(rows, np.uint16).tobytes())
-    _, meta = prepare.dataset()
-    meta["val_rows"] = len(rows)
+    prepare.DATASET[1]["val_rows"] = len(rows)
     return texts
 
 
