@@ -364,9 +364,7 @@ def find_source(source: str, num_shards: int) -> Source:
         return Source(source, python_files(), None)
     path = Path(source).expanduser()
     if not path.exists():
-        raise Refusal(
-            f"there is no `{source}`; name climbmix, tinystories, python or your own text"
-        )
+        raise Refusal(f"there is no `{source}`; name climbmix, tinystories, python or a path")
     found = path.rglob("*") if path.is_dir() else [path]
     files = sorted(p for p in found if p.suffix in READERS and p.is_file())
     if not files:
@@ -736,8 +734,9 @@ class Judge:
     """Scores tokens by a model, and refuses a model that uses more than a token's own past.
 
     By mistake a model may use later tokens, other rows or earlier batches: through a wrong mask, a
-    mean over time, a norm over the batch, a buffer. One question finds all of these: does a token
-    get the same score when everything but its own past is replaced?
+    mean over time, a norm over the batch, a buffer. Then it predicts what it has seen, and its
+    score is worth nothing. One question finds all of these: does a token get the same score when
+    everything but its own past is replaced?
     """
 
     model: nn.Module

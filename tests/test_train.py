@@ -987,7 +987,7 @@ def test_another_prepare_py_than_the_one_that_prepared_is_refused(script):
     with (script.folder / "prepare.py").open("a") as file:
         file.write("edited = True\n")
     code, out, err = script.run()
-    assert code == 1 and err.count("\n") == 1 and "another prepare.py prepared" in err
+    assert code == 1 and err.count("\n") == 1 and "another prepare.py or Python prepared" in err
 
 
 def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(script, tmp_path):
