@@ -492,6 +492,9 @@ WAITING = 2048  # pieces to choose from
 def pack(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np.ndarray]:
     """Best-fit packing of tokenised documents into full rows (row_len,) of uint16.
 
+    One long stream of text, cut into rows, would be simpler. But it tears most documents in two,
+    and the second part has lost its past. Best fit keeps short documents whole.
+
     A document is cut into pieces of at most a row, with BOS before each. The longest waiting piece
     that fits goes into the row. When none fits, the longest of all is cropped to fill the row, and
     its rest goes on waiting with a BOS of its own. So only the last, unfilled row is lost.
