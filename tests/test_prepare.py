@@ -797,7 +797,7 @@ def spoil(value):
 
 
 LATER, OTHER = "depends on later tokens", "depends on other rows or earlier batches"
-MEMORY = "draws random numbers or keeps a memory|depends on"
+MEMORY = "draws random numbers or keeps a memory"
 REFUSED = {
     "one token ahead": (ahead(1), LATER),
     "twenty tokens ahead": (ahead(20), LATER),
@@ -845,7 +845,7 @@ RARE = {
 
 @pytest.mark.parametrize("change", RARE.values(), ids=RARE)
 def test_an_evaluation_always_finds_a_rare_look_ahead(tiny, change):
-    for _ in range(10):
+    for _ in range(4):
         with pytest.raises(Refusal, match=LATER):
             evaluate_bpb(Toy(change), Tokenizer.from_directory(), 8)
 
