@@ -830,7 +830,8 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # a file of the output shows every line at once
     folder = os.path.dirname(os.path.abspath(SAVE or "."))
     if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(folder)):
-        raise prepare.Refusal(f"AUTORESEARCH_SAVE={SAVE} is no file in a folder that exists")
+        wrong = f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder"
+        raise prepare.Refusal(f"{wrong}; name another one")
     if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % N_KV_HEAD:
         raise prepare.Refusal("HEAD_DIM must divide N_EMBD, and N_KV_HEAD the number of heads")
     grad_accum_steps(DEVICE_BATCH_SIZE)  # a batch that does not divide shows before compiling

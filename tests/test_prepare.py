@@ -537,6 +537,16 @@ def test_the_scale_follows_the_device_and_its_memory(monkeypatch, gigabytes, sca
         assert prepare.default_scale() == expected
 
 
+@pytest.mark.parametrize("options, shards", [([], 6), (["--num-shards", "2"], 2)])
+def test_the_scale_gives_the_number_of_shards(tiny, monkeypatch, options, shards):
+    calls = []
+    monkeypatch.setattr(prepare, "make_dataset", lambda *args: calls.append(args) or tiny)
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--scale", "medium", *options])
+    monkeypatch.setattr(prepare, "fetch_attention_kernel", lambda: None)
+    prepare.main()
+    assert calls == [(None, "medium", shards)]
+
+
 def test_bad_flags_exit_with_2(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", "--num-shards", "0"])
     with pytest.raises(SystemExit) as stopped:
@@ -646,6 +656,15 @@ def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
     assert rows == rows_again and prepare.run.start == start
 
 
+def test_the_rows_are_read_ahead_once_before_the_clock_starts(tiny, monkeypatch):
+    paths = queue.SimpleQueue()
+    monkeypatch.setattr(prepare, "file_hash", paths.put)
+    loader_of(4)
+    loader_of(4)
+    assert paths.get(timeout=10) == tiny / "train.bin"
+    assert paths.empty() and prepare.run.start is None
+
+
 @pytest.mark.parametrize(
     "args", [(4, 32, "val"), (4, 31, "train"), (0, 32, "train"), (4, 64, "train")]
 )
@@ -715,7 +734,12 @@ def test_the_watchdog_is_set_at_the_loader_the_first_batch_and_every_batch_of_ev
     tiny, monkeypatch
 ):
     armed = []
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda s, exit, file: armed.append(s))
+
+    def arm(seconds, exit, file):
+        armed.append(seconds)
+        assert exit
+
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", arm)
     loader = loader_of(2)
     assert armed == [600]
     drawn(loader, 3)
