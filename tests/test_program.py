@@ -67,6 +67,7 @@ class Night:
 
     def __init__(self, folder: Path, shell: str = "sh", tag: str = "mar5"):
         self.folder, self.shell, self.tag = folder, shell, tag
+        self.bar = self.first_of_kept = float("inf")
         bin = folder.parent / "bin"
         bin.mkdir(exist_ok=True)
         uv = bin / "uv"  # `uv run [-q] ...`, with or without the word python
@@ -115,17 +116,17 @@ class Night:
 
     def decide(self) -> str:
         """Train the commit at HEAD as step 4 says, and end the experiment. Returns its status."""
-        kept = self.rows("keep")
-        bar = float(kept[-1][1]) if kept else float("inf")
         first = self.train(1)
         if first is None:
             self.end("crash", memory="0.0")
             return "crash"
         value = first
-        if first < bar:
+        if first < max(self.bar, self.first_of_kept):
             value = (first + self.train(2)) / 2
-        status = "keep" if value < bar else "discard"
+        status = "keep" if value < self.bar else "discard"
         self.end(status, value)
+        if status == "keep":
+            self.bar, self.first_of_kept = value, first
         return status
 
     def experiment(self, *values: float | None) -> str:
@@ -164,7 +165,7 @@ def clone(folder: Path, kind: str = "plain") -> Path:
     (project / "train.py").write_text(experiment_code(1.61, 1.62))
     if kind == "subfolder":
         (origin / "other.txt").write_text("of another project\n")
-    git(origin, "init", "-q")
+    git(origin, "init", "-q", "-b", "main")
     git(origin, "add", "-A")
     git(origin, "commit", "-qm", "the project")
     autocrlf = "true" if kind == "crlf" else "false"
@@ -201,7 +202,7 @@ def test_setup_shows_what_is_in_the_way(tmp_path):
     (night.folder / "new.py").touch()
     night.paste("mkdir logs; touch results.tsv")
     shown = night.paste(CHECK).splitlines()
-    assert shown == ["no data yet", " M prepare.py", "?? new.py", "logs", "results.tsv"]
+    assert shown == ["no data yet", "logs", "results.tsv", " M prepare.py", "?? new.py"]
 
 
 def test_prepare_says_nothing_where_text_is_prepared(capsys):
