@@ -260,7 +260,7 @@ def test_a_mended_crash_is_one_experiment(night):
     assert night.train(1) is None
     (night.folder / "train.py").write_text(experiment_code(1.60, 1.61))
     (amend,) = re.findall(r"`(git\s+commit -q --amend .*?)`", PROGRAM)
-    night.paste(" ".join(amend.split()) + " --no-edit")
+    night.paste(" ".join(amend.split()))
     assert night.decide() == "keep"
     night.check_records()
 
