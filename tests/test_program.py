@@ -30,7 +30,7 @@ def commands(heading: str) -> list[str]:
 
 CHECK, BEGIN = commands("Setup")
 COMMIT, TRAIN, KEEP, DISCARD = commands("One experiment")
-(COMPARE,) = commands("When the machine is busy")
+RENAME, COMPARE = commands("When the machine is busy")
 (RESUME,) = commands("Resume")
 (OTHERS,) = commands("Other agents")
 RESET = DISCARD.splitlines()[-1]
@@ -274,6 +274,18 @@ def test_what_the_human_writes_in_the_night_survives_a_discard(night):
     assert night.git("show", "--name-only", "--format=", night.rows()[-1][0]) == "train.py"
     assert night.git("status", "--porcelain") == "M program.md\n?? analysis.ipynb"
     assert "three seeds, please" in (night.folder / "program.md").read_text()
+
+
+def test_a_disturbed_run_leaves_the_records(night):
+    night.decide()
+    (night.folder / "train.py").write_text(experiment_code(1.9, 1.62))
+    night.paste(COMMIT)
+    night.train(1)
+    night.paste(RENAME)
+    (night.folder / "train.py").write_text(experiment_code(1.60, 1.62))  # as on a quiet machine
+    night.paste("git commit -q --amend --no-edit train.py")
+    assert night.decide() == "keep"
+    night.check_records()
 
 
 def test_a_log_of_another_machine_shows(night):
