@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import argparse
 import ast
 import bisect
+import contextlib
 import faulthandler
 import functools
 import hashlib
@@ -65,14 +66,18 @@ def print_error(kind: type, error: BaseException, traceback) -> None:
 sys.excepthook = print_error  # Python then exits with 1
 
 
+COMPLAINT = r"^.*(?:\berror: |cannot find ).*[^:\n]$"  # of a compiler or a linker
+
+
 def reason(error: Exception) -> str:
     """The line of an error's message that says what went wrong, fit for a sentence.
 
     A line that ends in a colon only announces the next one. Where the message quotes a traceback,
-    the line below its frames counts.
+    the line below its frames counts, and where it quotes a compiler, that one's first complaint.
     """
     text = str(error).strip() or type(error).__name__
     quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
+    quoted = quoted or re.findall(COMPLAINT, text, re.MULTILINE)[:1]
     lines = quoted[-1:] or [line for line in text.splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), lines[0])
 
@@ -96,7 +101,10 @@ SCALES = {
     "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048, source="tinystories", shards=2),
 }
 FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `medium`
-CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+try:
+    CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
+except RuntimeError as error:
+    raise Refusal(f"{error} Set AUTORESEARCH_CACHE to a folder that you may write.") from None
 ATTENTION_KERNEL = ("kernels-community/flash-attn3", 1)  # FlashAttention-3: hub repository, version
 KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder with the kernel
 # Every key and digest contains the hash of this file's syntax tree, which no comment changes.
@@ -192,6 +200,8 @@ TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # for a progress bar
 TIMEOUT = (10, 60)  # seconds to connect, and between two reads
+# What time does not mend: a wrong proxy, a certificate that is not trusted, or a wrong address.
+LASTING = (requests.exceptions.ProxyError, requests.exceptions.SSLError, ValueError)
 
 
 def downloads(repo: str) -> Path:
@@ -204,6 +214,13 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(pa.memory_map(str(path)).read_buffer()).hexdigest()
 
 
+def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Add the token. As `auth` it also keeps requests from taking another one out of ~/.netrc."""
+    if token := os.environ.get("HF_TOKEN", "").strip():
+        request.headers["Authorization"] = f"Bearer {token}"
+    return request
+
+
 def download(url: str, part: Path) -> None:
     """Append to the file `part` what it lacks of a parquet file, and check the whole.
 
@@ -213,9 +230,7 @@ def download(url: str, part: Path) -> None:
     # Ask for the last byte again: a range that begins beyond the end would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    if token := os.environ.get("HF_TOKEN", "").strip():
-        headers["Authorization"] = f"Bearer {token}"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+    with requests.get(url, headers=headers, auth=sign, stream=True, timeout=TIMEOUT) as response:
         if response.status_code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
         response.raise_for_status()
@@ -248,7 +263,8 @@ def download(url: str, part: Path) -> None:
 def fetch(repo: str, name: str) -> Path:
     """Download a file of a hub dataset unless it is here. Raises Refusal if it cannot be had."""
     path = downloads(repo) / name
-    if path.exists():
+    with contextlib.suppress(OSError, pa.ArrowException):  # it is not here, or it is damaged
+        pq.ParquetFile(path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(name + ".part")
@@ -260,10 +276,15 @@ def fetch(repo: str, name: str) -> Path:
             return path
         except requests.HTTPError as error:
             why = f"HTTP {error.response.status_code} {error.response.reason}"
+            if error.response.status_code in (401, 403) and os.environ.get("HF_TOKEN"):
+                why += ", with the token in HF_TOKEN"
             if error.response.status_code in (401, 403, 404):  # it would say so again
                 break
         except requests.RequestException as error:
             why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
+            if isinstance(error, LASTING):
+                why = f"{type(error).__name__}, {error}"
+                break
         except ValueError as error:
             why = str(error)
     raise Refusal(
@@ -281,6 +302,8 @@ def default_source(scale: str) -> str:
             requests.head(HUB, timeout=10)
         except requests.RequestException as error:
             why = type(error).__name__
+            if isinstance(error, LASTING):
+                raise Refusal(f"{HUB} cannot be reached: {why}, {error}") from None
             print(f"{HUB} cannot be reached ({why}): preparing `python` in place of `{source}`")
             return "python"
     return source
@@ -289,9 +312,17 @@ def default_source(scale: str) -> str:
 # ---------------------------------------------------------------------------
 # Text sources: files -> documents
 
-LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut at blank lines
-CUT_TEXT = re.compile(r".{2000,}?(?:\n[^\S\n]*\n\s*|\Z)|.+\Z", re.DOTALL)  # 2,000 or more each
+LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut into pieces of 2,000 or more
+CUTS = (r"\n[^\S\n]*\n\s*", r"\n", r"\s", "")  # at blank lines, else line ends, spaces, anywhere
 VAL_FRACTION = 0.05  # share of the documents that validates: those with the lowest hash
+
+
+def cut_text(text: str, cuts: tuple[str, ...] = CUTS) -> Iterator[str]:
+    if len(text) <= LONG_TEXT or not cuts:
+        yield text
+        return
+    for piece in re.findall(rf"(?s).{{2000,}}?(?:{cuts[0]}|\Z)|.+\Z", text):
+        yield from cut_text(piece, cuts[1:])
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -309,10 +340,11 @@ def read_jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                text = json.loads(line)["text"] if line.strip() else ""
+                text = json.loads(line)["text"] if line.strip() else None
                 # a lone surrogate, which JSON may spell and UTF-8 may not, becomes U+FFFD
-                yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            except (ValueError, KeyError, TypeError, AttributeError):
+                if text is not None:  # as where a parquet file has no text
+                    yield text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 wrong = f"{path}, line {number} is no JSON object with a string in `text`"
                 raise Refusal(wrong) from None
 
@@ -324,7 +356,7 @@ def read_plain(path: Path) -> Iterator[str]:
         text = "\0"
     if "\0" in text:
         raise Refusal(f"{path} is not UTF-8 text; convert it or take it out")
-    yield from CUT_TEXT.findall(text) if len(text) > LONG_TEXT else [text]
+    yield from cut_text(text)
 
 
 def read_code(path: Path) -> Iterator[str]:
@@ -340,6 +372,11 @@ class Source(NamedTuple):
     val_files: list[Path] | None  # if None, a part of `files` validates
 
 
+def in_mixed_order(files: Iterable[Path]) -> list[Path]:
+    """Files by the hash of their names, so that the first ones are a fair sample of all."""
+    return sorted(files, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
+
+
 def python_files() -> list[Path]:
     """The .py files of the standard library and of every installed package."""
     stdlib = Path(sysconfig.get_path("stdlib")).resolve()
@@ -348,7 +385,7 @@ def python_files() -> list[Path]:
     found = {path for path in stdlib.rglob("*.py") if not nested & set(path.parts)}
     for folder in packages:
         found.update(folder.rglob("*.py"))
-    return sorted(path for path in found if path.is_file())
+    return in_mixed_order(path for path in found if path.is_file())
 
 
 def find_source(source: str, num_shards: int) -> Source:
@@ -365,10 +402,13 @@ def find_source(source: str, num_shards: int) -> Source:
     path = Path(source).expanduser()
     if not path.exists():
         raise Refusal(f"there is no `{source}`; name climbmix, tinystories, python or a path")
-    found = path.rglob("*") if path.is_dir() else [path]
-    files = sorted(p for p in found if p.suffix in READERS and p.is_file())
+    tree = os.walk(path, followlinks=True)
+    found = {Path(folder, name) for folder, _, names in tree for name in names} or {path}
+    files = in_mixed_order(p for p in found if p.suffix.lower() in READERS and p.is_file())
     if not files:
-        raise Refusal(f"{path} holds no text; give files that end in {', '.join(READERS)}")
+        seen = ", ".join(sorted({p.suffix for p in found if p.suffix})) or "nothing"
+        readable = ", ".join(READERS)
+        raise Refusal(f"{path} holds no text ({seen}); give files that end in {readable}")
     name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
     return Source(name or "text", files, None)
 
@@ -376,7 +416,7 @@ def find_source(source: str, num_shards: int) -> Source:
 def documents(files: Iterable[Path]) -> Iterator[str]:
     """Every document of the files that is not blank, in order. Raises Refusal at a bad file."""
     for path in files:
-        for text in READERS.get(path.suffix, read_code)(path):
+        for text in READERS.get(path.suffix.lower(), read_code)(path):
             if text and not text.isspace():
                 yield text
 
@@ -405,12 +445,14 @@ def split_source(source: Source) -> tuple[Iterable[bool], Iterable[str]]:
 # Tokenizer
 
 BOS = "<|bos|>"
-# GPT-4's pattern, but with at most two digits together: a small vocabulary has no room for more
+# GPT-4's pattern, but with at most two digits together, because a small vocabulary has no room for
+# more, and 64 of anything else. Without a bound a genome would be one word of millions of letters,
+# and the time for it grows with the square of its length.
 SPLIT_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
-    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}{1,64}|\p{N}{1,2}"
+    r"| ?[^\s\p{L}\p{N}]{1,64}[\r\n]{0,64}|\s{0,64}[\r\n]|\s{1,64}(?!\S)|\s{1,64}"
 )
-TOKENIZER_BYTES = 200_000_000  # of training text
+TOKENIZER_BYTES = 50_000_000  # of training text; four times as much saves 0.5% of the tokens
 
 
 class Tokenizer:
@@ -940,6 +982,7 @@ def fetch_attention_kernel() -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # what an output cannot show ends no run
     parser = argparse.ArgumentParser(description="Make the dataset to train on.")
     parser.add_argument("--source", help="climbmix, tinystories, python, or a path to your text")
     parser.add_argument("--scale", choices=SCALES, default=default_scale())
@@ -952,7 +995,8 @@ def main() -> None:
     try:
         folder = make_dataset(args.source, args.scale, args.num_shards)
     except OSError as error:
-        raise Refusal(f"{error.filename or CACHE}: {error.strerror or error}") from None
+        why = f"{error.filename or CACHE}: {error.strerror or error}"
+        raise Refusal(f"{why}; AUTORESEARCH_CACHE can name another folder to write to") from None
     if DEVICE == "cuda" or args.scale != "small":
         fetch_attention_kernel()
     meta = json.loads((folder / "meta.json").read_text())

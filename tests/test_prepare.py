@@ -195,17 +195,24 @@ def test_documents_of_every_format(tmp_path):
         pa.table({"text": ["from parquet", None, ""], "n": [1, 2, 3]}), tmp_path / "a.parquet"
     )
     (tmp_path / "b.jsonl").write_text(
-        '{"text": "lone \\ud800 surrogate"}\n\n{"text": "\\ud83d\\ude00", "id": 1}\n'
+        '{"text": "lone \\ud800 surrogate"}\n\n{"text": null}\n{"text": "\\ud83d\\ude00"}\n'
     )
-    (tmp_path / "c.txt").write_bytes("\ufeffwith a byte order mark".encode())
-    (tmp_path / "d.md").write_text("# short\n\nstays whole\n")
-    (tmp_path / "e.csv").write_text("not read")
-    assert list(prepare.documents(prepare.find_source(str(tmp_path), 1).files)) == [
+    (tmp_path / "c.TXT").write_bytes("\ufeffwith a byte order mark".encode())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "d.md").write_text("# short\n\nstays whole\n")
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in tmp_path.glob("?.*"):
+        path.rename(source / path.name)
+    (source / "a link").symlink_to(elsewhere)
+    (source / "e.csv").write_text("not read")
+    assert sorted(prepare.documents(prepare.find_source(str(source), 1).files)) == [
+        "# short\n\nstays whole\n",
         "from parquet",
         "lone \ufffd surrogate",
-        "😀",
         "with a byte order mark",
-        "# short\n\nstays whole\n",
+        "😀",
     ]
 
 
@@ -218,6 +225,23 @@ def test_a_long_text_is_cut_at_blank_lines(tmp_path):
     assert "".join(documents) == path.read_text()
     assert all(document.endswith("\n\n") and len(document) >= 2000 for document in documents[:-1])
     assert all(document.startswith("paragraph") for document in documents)
+
+
+@pytest.mark.parametrize("end", ["\n", " ", ""], ids=["lines", "words", "one word"])
+def test_a_long_text_without_blank_lines_is_cut_all_the_same(tmp_path, end):
+    text = "The first paragraph.\n\n" + "".join(f"sentence{i}{end}" for i in range(10_000))
+    (tmp_path / "a.txt").write_text(text)
+    documents = list(prepare.documents([tmp_path / "a.txt"]))
+    assert "".join(documents) == text and len(documents) > 10
+    assert all(document.endswith(end) for document in documents)
+
+
+def test_words_of_any_length_are_tokenised_in_linear_time():
+    for sign in "A\u0301 -\n":
+        text = sign * 300_000
+        tokenizer = prepare.Tokenizer.train([text], 300)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert max(map(len, tokenizer.bpe.get_vocab())) <= 130  # two bytes a sign, and a space
 
 
 def test_invalid_utf8_in_parquet_is_replaced(tmp_path):
