@@ -32,6 +32,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 # The libraries read these variables when they are imported. A value that is set already stays.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -41,12 +42,17 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # fewer tests of the com
 # FlashAttention-3 is an autograd function of its own; keep graphs with it between runs too.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 
+import prepare
+
+if os.access(prepare.CACHE, os.W_OK):  # compiled code outlives a reboot there
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.CACHE / "compiled"))
+
 import torch
+import torch._inductor.cpu_vec_isa
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import prepare
 from prepare import DEVICE, MAX_SEQ_LEN, SCALE, Tokenizer, clock, evaluate_bpb, make_dataloader
 
 # ---------------------------------------------------------------------------
@@ -109,12 +115,26 @@ FINAL_LR_FRAC = by_scale(full=0.05, medium=0.05, small=0.0)  # what is left of e
 # run
 SEED = prepare.from_environment("SEED", 1, int, 0, 2**31)
 SAVE = os.environ.get("AUTORESEARCH_SAVE")  # a file for the weights and the configuration
-# Share of the budget between two log lines. They are five minutes apart at most, because program.md
-# takes a log that is silent for fifteen minutes for that of a dead run.
-LOG_EVERY = min(0.02, 300 / prepare.TIME_BUDGET)
+LOG_EVERY = 0.02  # share of the budget between two log lines
 CHECK_EVERY = 10  # steps between two looks at the loss
 
+
 # machine
+def cpu_quota() -> float:
+    """How many CPUs the container may use at a time; infinite where there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
+if torch.get_num_threads() > cpu_quota():
+    torch.set_num_threads(max(1, round(cpu_quota())))
+# inductor compiles a small program for each set of instructions, which shows whether the compiler
+# knows it, and loads it in a new Python that imports torch: 3 s each, in every process. Whether the
+# processor knows them torch.cpu has said before. So the new Python has nothing to do.
+torch._inductor.cpu_vec_isa.VecISA._avx_py_load = ""
 CPU = torch.cpu.get_capabilities()
 CPU_NAME = CPU.get("cpu_name") or os.uname().machine
 if DEVICE == "cuda":
@@ -448,20 +468,20 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-class MuonAdamW(torch.optim.Optimizer):
+class MuonAdamW:
     """Muon for groups of kind "muon", whose matrices share a shape; AdamW for kind "adamw".
 
     One compiled function updates all groups. What may change at every step (lr, weight_decay, and
     the first beta, which is Muon's momentum) reaches it as 0-D tensors, so that it compiles once.
+    It is no torch.optim.Optimizer, because torch 2.15 compiles nothing that such a step calls.
     """
 
     def __init__(self, groups: list[dict], compiled: bool = True):
-        super().__init__(groups, {"kind": "adamw", "betas": ADAM_BETAS, "weight_decay": 0.0})
+        defaults = {"kind": "adamw", "betas": ADAM_BETAS, "weight_decay": 0.0}
+        self.param_groups = [{**defaults, **g, "initial_lr": g["lr"]} for g in groups]
         self.update = self.update_groups
         if compiled:
             self.update = torch.compile(self.update_groups, dynamic=False, fullgraph=True)
-        for group in self.param_groups:
-            group["initial_lr"] = group["lr"]
         self.reset()
 
     def reset(self) -> None:
@@ -478,6 +498,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 momentum = params[0].new_zeros(K, m, n)
                 variance = params[0].new_zeros((K, m, 1) if m >= n else (K, 1, n))
                 group["moments"] = {"momentum": momentum, "variance": variance}
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
 
     @torch.no_grad()
     def step(self) -> None:
@@ -715,7 +740,7 @@ def train_step(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum:
         (LOSS_SCALE * loss).backward()
         total = total + loss.detach()
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return total, epoch
 
 
@@ -734,7 +759,7 @@ def rehearse(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer, B: in
     finally:
         with torch.no_grad():
             torch._foreach_copy_(tensors, saved)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         optimizer.reset()
         model.train()
         torch.manual_seed(SEED)
@@ -827,7 +852,8 @@ def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
 
 def main() -> None:
     """Train, evaluate, print the summary, and save the model if that was asked for."""
-    sys.stdout.reconfigure(line_buffering=True)  # a file of the output shows every line at once
+    # A file of the output shows every line at once, and a sample of any text can be printed.
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")
     folder = os.path.dirname(os.path.abspath(SAVE or "."))
     if SAVE and (os.path.isdir(SAVE) or not os.path.isdir(folder)):
         wrong = f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder"

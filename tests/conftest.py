@@ -51,6 +51,8 @@ with (CORPUS / "stdlib.jsonl").open("w") as lines:
 USERS_CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 
 os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
+# Compiled code outlives the tests, so that they compile nothing twice.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/autoresearch-compiled")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "LAUNCH", "SEED"):
     os.environ.pop(name, None)
