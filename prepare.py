@@ -303,7 +303,8 @@ def default_source(scale: str) -> str:
         except requests.RequestException as error:
             why = type(error).__name__
             if isinstance(error, LASTING):
-                raise Refusal(f"{HUB} cannot be reached: {why}, {error}") from None
+                wrong = f"{HUB} cannot be reached ({why}, {error})"
+                raise Refusal(f"{wrong}; mend that, or use `--source python`") from None
             print(f"{HUB} cannot be reached ({why}): preparing `python` in place of `{source}`")
             return "python"
     return source
