@@ -716,9 +716,7 @@ def can_compile() -> bool:
     except Exception as error:  # no C++ compiler, no Triton, no Python headers, and more
         why = prepare.reason(error)
         print(f"torch.compile cannot be used ({why}); running eagerly")
-        if DEVICE == "cuda":
-            print("WARNING: its val_bpb does not compare with a compiled run's.")
-            print("Install gcc and python3-dev (Python's header files), and start again.")
+        print("WARNING: its val_bpb does not compare with a compiled run's. See README.md, errors.")
         return False
 
 

@@ -54,7 +54,7 @@ os.environ["AUTORESEARCH_CACHE"] = str(SCRATCH / "cache")
 # Compiled code outlives the tests, so that they compile nothing twice.
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/autoresearch-compiled")
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
-for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "LAUNCH", "SEED"):
+for name in ("AUTORESEARCH_BUDGET", "AUTORESEARCH_SAVE", "SEED"):
     os.environ.pop(name, None)
 # With its bytecode on disk torch is imported in half the time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -101,11 +101,9 @@ GIT_ENV = {
 }
 
 
-def git(folder: Path, *args: str, stdin: str | None = None) -> str:
+def git(folder: Path, *args: str) -> str:
     """Run git in a folder and return what it prints. Raises where git fails."""
-    command = ["git", *args]
-    out = subprocess.check_output(command, cwd=folder, env=GIT_ENV, input=stdin, text=True)
-    return out.strip()
+    return subprocess.check_output(["git", *args], cwd=folder, env=GIT_ENV, text=True).strip()
 
 
 # ---------------------------------------------------------------------------
@@ -434,7 +432,7 @@ def script(tmp_path: Path) -> Script:
 def summary(out: str) -> dict[str, str]:
     """The values of the summary at the end of what train.py printed, by key.
 
-    The keys must be those of SUMMARY, in this order, because program.md reads them.
+    The keys must be those of SUMMARY, in this order, because people and the notebook read them.
     """
     _, _, block = out.rpartition("---\n")
     pairs = [line.split(":", 1) for line in block.splitlines()]

@@ -318,6 +318,16 @@ def test_the_commands_for_fresh_seeds_lead_to_the_honest_gain(show, night, monke
     assert "The night saw 0.105000" in said
 
 
+def test_a_fresh_seed_is_one_that_no_row_was_decided_by(show, night):
+    for commit, seed, value in ((night.baseline, 3, 1.61), (night.baseline, 7, 1.63)):
+        night.log(commit, seed, value)
+    for seed, value in ((3, 1.52), (8, 1.53)):
+        night.log(night.won, seed, value)
+    night.row(night.won, "1.510000")  # the mean of three seeds
+    said = show()["What to believe"]
+    assert "went from 1.630000 to 1.530000" in said and "(runs: 1 and 1)" in said
+
+
 def test_the_kept_code_measured_again_is_no_gain(show, night):
     night.experiment(None, 1.40, 1.41)
     shown = show()
