@@ -39,6 +39,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: fewer page faults on a CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # prepare.py has fetched all there is to fetch
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # fewer tests of the compiler in every run
+os.environ.setdefault("USER", str(os.getuid()))  # torch asks, and a container's user has no name
 # FlashAttention-3 is an autograd function of its own; keep graphs with it between runs too.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
 

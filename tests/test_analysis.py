@@ -197,9 +197,9 @@ class Night:
             self.git("reset", "-q", "--keep", "HEAD~1")
         return commit
 
-    def row(self, commit: str, value: str, status: str = "keep") -> None:
+    def row(self, commit: str, value: str, status: str = "keep", text: str = "an idea") -> None:
         with (self.folder / "results.tsv").open("a") as table:
-            table.write(f"{commit}\t{value}\t1.5\t{status}\tan idea\n")
+            table.write(f"{commit}\t{value}\t1.5\t{status}\t{text}\n")
 
 
 @pytest.fixture
@@ -323,7 +323,7 @@ def test_a_fresh_seed_is_one_that_no_row_was_decided_by(show, night):
         night.log(commit, seed, value)
     for seed, value in ((3, 1.52), (8, 1.53)):
         night.log(night.won, seed, value)
-    night.row(night.won, "1.510000")  # the mean of three seeds
+    night.row(night.won, "1.510000", text="a third seed")
     said = show()["What to believe"]
     assert "went from 1.630000 to 1.530000" in said and "(runs: 1 and 1)" in said
 
