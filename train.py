@@ -712,7 +712,7 @@ def can_compile() -> bool:
     try:
         if DEVICE == "mps":
             raise RuntimeError("it is not reliable on Apple's MPS")
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=DEVICE))
+        torch.compile(lambda x: x + 1, fullgraph=True)(torch.ones(8, device=DEVICE))
         return True
     except Exception as error:  # no C++ compiler, no Triton, no Python headers, and more
         why = prepare.reason(error)
