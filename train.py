@@ -130,10 +130,11 @@ def cpu_quota() -> float:
         return math.inf
 
 
-if torch.get_num_threads() > cpu_quota():
-    torch.set_num_threads(max(1, round(cpu_quota())))
+quota = cpu_quota()
+if torch.get_num_threads() > quota:
+    torch.set_num_threads(max(1, round(quota)))
 # inductor compiles a small program for each set of instructions, which shows whether the compiler
-# knows it, and loads it in a new Python that imports torch: 3 s each, in every process. Whether the
+# knows it, and loads it in a new Python that imports torch: 2 s each, in every process. Whether the
 # processor knows them torch.cpu has said before. So the new Python has nothing to do.
 torch._inductor.cpu_vec_isa.VecISA._avx_py_load = ""
 CPU = torch.cpu.get_capabilities()
