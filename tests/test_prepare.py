@@ -893,7 +893,7 @@ RARE = {
 
 @pytest.mark.parametrize("change", RARE.values(), ids=RARE)
 def test_an_evaluation_always_finds_a_rare_look_ahead(tiny, change):
-    for _ in range(4):
+    for _ in range(10):
         with pytest.raises(Refusal, match=LATER):
             evaluate_bpb(Toy(change), Tokenizer.from_directory(), 8)
 
