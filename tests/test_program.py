@@ -33,7 +33,8 @@ COMMIT, TRAIN, KEEP, DISCARD = commands("One experiment")
 RENAME, COMPARE = commands("When the machine is busy")
 (RESUME,) = commands("Resume")
 (OTHERS,) = commands("Other agents")
-RESET = DISCARD.splitlines()[-1]
+(AMEND,) = re.findall(r"`(git\s+commit -q --amend .*?)`", PROGRAM)
+AMEND = " ".join(AMEND.split())  # the text breaks its line
 
 SHELLS = [name for name in ("sh", "bash", "zsh") if shutil.which(name)]
 
@@ -93,7 +94,7 @@ class Night:
         return run.stdout
 
     def git(self, *args: str) -> str:
-        return git(self.folder, *args).strip()
+        return git(self.folder, *args)
 
     def rows(self, status: str = "") -> list[list[str]]:
         text = (self.folder / "results.tsv").read_text()
@@ -129,9 +130,13 @@ class Night:
             self.bar, self.first_of_kept = value, first
         return status
 
-    def experiment(self, *values: float | None) -> str:
+    def commit(self, *values: float | str | None, command: str = COMMIT) -> None:
+        """Write a train.py that gives these values, and commit it."""
         (self.folder / "train.py").write_text(experiment_code(*values))
-        self.paste(COMMIT)
+        self.paste(command)
+
+    def experiment(self, *values: float | None) -> str:
+        self.commit(*values)
         return self.decide()
 
     def check_records(self) -> None:
@@ -255,12 +260,9 @@ def test_a_night_leaves_records_that_agree(tmp_path, kind, shell):
 
 def test_a_mended_crash_is_one_experiment(night):
     night.decide()
-    (night.folder / "train.py").write_text(experiment_code(None))
-    night.paste(COMMIT)
+    night.commit(None)
     assert night.train(1) is None
-    (night.folder / "train.py").write_text(experiment_code(1.60, 1.61))
-    (amend,) = re.findall(r"`(git\s+commit -q --amend .*?)`", PROGRAM)
-    night.paste(" ".join(amend.split()))
+    night.commit(1.60, 1.61, command=AMEND)
     assert night.decide() == "keep"
     night.check_records()
 
@@ -278,12 +280,10 @@ def test_what_the_human_writes_in_the_night_survives_a_discard(night):
 
 def test_a_disturbed_run_leaves_the_records(night):
     night.decide()
-    (night.folder / "train.py").write_text(experiment_code(1.9, 1.62))
-    night.paste(COMMIT)
+    night.commit(1.9, 1.62)
     night.train(1)
     night.paste(RENAME)
-    (night.folder / "train.py").write_text(experiment_code(1.60, 1.62))  # as on a quiet machine
-    night.paste("git commit -q --amend --no-edit train.py")
+    night.commit(1.60, 1.62, command=AMEND)  # as on a quiet machine
     assert night.decide() == "keep"
     night.check_records()
 
@@ -301,8 +301,7 @@ def test_a_log_of_another_machine_shows(night):
 
 def test_resume_after_the_client_was_killed_in_a_run(night):
     night.decide()
-    (night.folder / "train.py").write_text(experiment_code("hang"))
-    night.paste(COMMIT)
+    night.commit("hang")
     command = [night.shell, "-c", TRAIN]
     run = subprocess.Popen(command, cwd=night.folder, env=night.env, start_new_session=True)
     head = night.git("rev-parse", "--short", "HEAD")
@@ -318,22 +317,20 @@ def test_resume_after_the_client_was_killed_in_a_run(night):
     assert not re.search(at_work, shown)
     assert shown.startswith(head)
     assert f"\n{head}\t" not in shown  # it has no row
-    (night.folder / "train.py").write_text(experiment_code(1.60, 1.61))  # it hangs no more
-    night.paste("git commit -q --amend --no-edit train.py")
+    night.commit(1.60, 1.61, command=AMEND)  # it hangs no more
     assert night.decide() == "keep"
     night.check_records()
 
 
 def test_resume_between_the_row_and_the_reset(night):
     night.decide()
-    (night.folder / "train.py").write_text(experiment_code(1.7))
-    night.paste(COMMIT)
+    night.commit(1.7)
     row = DISCARD.splitlines()[0].replace("1.609377", f"{night.train(1):.6f}")
     night.paste(row)
     head = night.git("rev-parse", "--short", "HEAD")
     shown = night.paste(RESUME + ":")
     assert shown.startswith(head) and f"\n{head}\t1.700000\t1.5\tdiscard\t" in shown
-    night.paste(RESET)
+    night.paste(DISCARD.splitlines()[-1])
     night.check_records()
 
 
