@@ -8,7 +8,7 @@ The model is a GPT with
 - rotary embeddings, QK-norm, grouped-query attention and sliding windows
 - keys of which one half comes from the previous token
 - value embeddings with gates on every other layer: of tokens and, on a CUDA GPU, hashed bigrams
-- ReLU^2 in the MLP and, at scale `small`, a causal convolution before it
+- ReLU^2 in the MLP, and a causal convolution before it
 - learned weights for the residual stream and for the embedding, which every layer gets back
 - a soft cap on the logits, an output matrix of its own, no biases, no learned norms
 
@@ -80,8 +80,7 @@ SHORT_WINDOW = by_scale(full=256, medium=256, small=64)  # earlier tokens that a
 ROPE_BASE = by_scale(full=200_000, medium=100_000, small=10_000)  # more for longer sequences
 GATE_CHANNELS = 32  # first channels of x, from which the gates of value embeddings are computed
 BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=0)  # rows of each table; too slow for a CPU
-# The convolution adds so many earlier tokens to each. It was not tried on a GPU.
-CONV_TAPS = by_scale(full=0, medium=0, small=3)
+CONV_TAPS = 3  # earlier tokens that the convolution adds to each token
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
 # initial values
@@ -89,7 +88,7 @@ INIT_SCALE = by_scale(full=0.68, medium=0.68, small=1.0)  # of the matrices not 
 X0_INIT = by_scale(full=0.05, medium=0.05, small=0.1)  # of the embedding that every layer gets back
 
 # batch
-TOTAL_BATCH_SIZE = by_scale(full=2**18, medium=2**16, small=2**13)  # tokens in one optimizer step
+TOTAL_BATCH_SIZE = by_scale(full=2**17, medium=2**16, small=2**13)  # tokens in one optimizer step
 DEVICE_BATCH_SIZE = by_scale(full=64, medium=32, small=16)  # rows in a pass; halved until it fits
 
 # optimizer; the rates of embeddings and head are multiplied by (N_EMBD / 768) ** -0.5
@@ -321,10 +320,7 @@ class Block(nn.Module):
 
     def forward(self, x, value_embeds, taps, cos, sin):
         x = x + self.attn(norm(x), value_embeds, cos, sin)
-        h = norm(x)
-        if taps is not None:
-            h = causal_conv(h, taps)  # as in Primer, but before the MLP
-        return x + self.mlp(h)
+        return x + self.mlp(causal_conv(norm(x), taps))  # as in Primer, but before the MLP
 
 
 class GPT(nn.Module):
@@ -349,10 +345,7 @@ class GPT(nn.Module):
 
         self.resid_lambdas = nn.Parameter(torch.ones(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.full((config.n_layer,), X0_INIT))
-        self.conv_taps = None
-        if config.conv_taps:
-            shape = (config.n_layer, config.conv_taps, config.n_embd)
-            self.conv_taps = nn.Parameter(torch.zeros(shape))
+        self.conv_taps = nn.Parameter(torch.zeros(config.n_layer, config.conv_taps, config.n_embd))
         cos, sin = rotary_tables(config.sequence_len, head_dim, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -397,8 +390,7 @@ class GPT(nn.Module):
                 value_embeds.append(self.value_embeds[str(i)](idx).to(x.dtype))
             if str(i) in self.bigram_embeds:
                 value_embeds.append(self.bigram_embeds[str(i)](bigrams).to(x.dtype))
-            taps = self.conv_taps[i] if self.conv_taps is not None else None
-            x = block(x, value_embeds, taps, cos, sin)
+            x = block(x, value_embeds, self.conv_taps[i], cos, sin)
         # Flat logits let the compiler fuse the cap into the loss, without a float32 copy of them.
         logits = self.lm_head(norm(x).flatten(0, 1)).float()  # (B * T, vocab_size)
         # Like softcap * tanh(logits / softcap), but cheaper.
@@ -417,14 +409,13 @@ class GPT(nn.Module):
 
         matrices = [p for p in self.blocks.parameters() if is_matrix(p)]
         others = [p for p in self.blocks.parameters() if not is_matrix(p)]  # none at first
-        taps = [self.conv_taps] if self.conv_taps is not None else []
         groups = [
             {"params": [self.lm_head.weight], "lr": UNEMBEDDING_LR * lr_scale},
             {"params": [self.wte.weight], "lr": EMBEDDING_LR * lr_scale},
             {"params": tables, "lr": EMBEDDING_LR * lr_scale, "weight_decay": VE_WEIGHT_DECAY},
             {"params": [self.resid_lambdas, *others], "lr": RESID_LR},
             {"params": [self.x0_lambdas], "lr": X0_LR, "betas": X0_BETAS},
-            {"params": taps, "lr": CONV_LR},
+            {"params": [self.conv_taps], "lr": CONV_LR},
         ]
         for shape in sorted({p.shape for p in matrices}):
             same = [p for p in matrices if p.shape == shape]
