@@ -91,13 +91,13 @@ class Scale(NamedTuple):
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
     source: str  # where --source does not say it
-    shards: int  # of climbmix: what an H100, an RTX 5090 or a large Mac reads in five minutes
+    shards: int  # of climbmix: 1.5 times what an H100, an RTX 5090 or a large Mac reads
 
 
 # A shard of climbmix holds 61M tokens, since there are 400B in 6,543 of them.
 SCALES = {
-    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240, source="climbmix", shards=16),
-    "medium": Scale(seq_len=1024, vocab_size=8192, eval_rows=2048, source="climbmix", shards=6),
+    "full": Scale(seq_len=2048, vocab_size=8192, eval_rows=10240, source="climbmix", shards=10),
+    "medium": Scale(seq_len=1024, vocab_size=8192, eval_rows=2048, source="climbmix", shards=5),
     "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048, source="tinystories", shards=2),
 }
 FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `medium`

@@ -379,7 +379,13 @@ class GPT(nn.Module):
             nn.init.zeros_(table.weight)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        B, T = idx.size()
+        with torch.enable_grad():  # always, so that training and evaluation share a compiled graph
+            x = self.trunk(idx)
+        return self.head(x, targets)
+
+    def trunk(self, idx: torch.Tensor) -> torch.Tensor:
+        """From token ids (B, T) to what the head reads, (B, T, n_embd)."""
+        T = idx.size(1)
         cos, sin = self.cos[:, :T], self.sin[:, :T]
         bigrams = hash_bigrams(idx, self.config.bigram_rows) if self.config.bigram_rows else None
         x = x0 = norm(self.wte(idx).to(COMPUTE_DTYPE))  # (B, T, n_embd)
@@ -391,12 +397,16 @@ class GPT(nn.Module):
             if str(i) in self.bigram_embeds:
                 value_embeds.append(self.bigram_embeds[str(i)](bigrams).to(x.dtype))
             x = block(x, value_embeds, self.conv_taps[i], cos, sin)
+        return norm(x)
+
+    def head(self, x: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor:
+        """Logits (B, T, vocab_size) or, with targets (B, T), the mean loss."""
         # Flat logits let the compiler fuse the cap into the loss, without a float32 copy of them.
-        logits = self.lm_head(norm(x).flatten(0, 1)).float()  # (B * T, vocab_size)
+        logits = self.lm_head(x.flatten(0, 1)).float()  # (B * T, vocab_size)
         # Like softcap * tanh(logits / softcap), but cheaper.
         logits = logits * torch.rsqrt(1 + (logits / self.config.softcap).square())
         if targets is None:
-            return logits.view(B, T, -1)
+            return logits.view(*x.shape[:2], -1)
         return F.cross_entropy(logits, targets.flatten())
 
     def param_groups(self) -> list[dict]:
@@ -831,6 +841,7 @@ def train_loop(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum:
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # every step has another length
 def sample(model: nn.Module, tokenizer: Tokenizer) -> str:
     """A short text that the model writes from BOS on."""
     ids = [tokenizer.get_bos_token_id()]
@@ -867,9 +878,11 @@ def main() -> None:
     config = GPTConfig(vocab_size=tokenizer.get_vocab_size())
     attention, attend = pick_attention(set(config.windows()), MAX_SEQ_LEN, compiled)
     with torch.device(DEVICE):
-        raw_model = GPT(config, attend)
-    optimizer = MuonAdamW(raw_model.param_groups(), compiled)
-    model = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+        model = GPT(config, attend)
+    if compiled:
+        model.trunk = torch.compile(model.trunk, dynamic=False)
+        model.head = torch.compile(model.head, dynamic=False)
+    optimizer = MuonAdamW(model.param_groups(), compiled)
     print(f"starting on {device_name}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}")
     print("compiling and checking the model")
     B = fit_batch(model, optimizer, tokenizer)
@@ -884,17 +897,17 @@ def main() -> None:
     evaluate_bpb(model, tokenizer, B)
     eval_seconds = clock.elapsed() - training_seconds
     try:
-        print(f"sample: {sample(raw_model.eval(), tokenizer)!r}")
+        print(f"sample: {sample(model.eval(), tokenizer)!r}")
     except Exception as error:  # a model that cannot take a short text keeps its score
         print(f"sample: none ({prepare.reason(error)})")
 
-    flops = steps * TOTAL_BATCH_SIZE * raw_model.flops_per_token()
+    flops = steps * TOTAL_BATCH_SIZE * model.flops_per_token()
     summary = {
         "total_seconds": f"{time.time() - STARTED:.1f}",
         "peak_vram_mb": f"{peak_memory_mb():.1f}",
         "mfu_percent": mfu_percent(flops, training_seconds),
         "num_steps": steps,
-        "num_params_M": f"{sum(p.numel() for p in raw_model.parameters()) / 1e6:.1f}",
+        "num_params_M": f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}",
         "depth": config.n_layer,
         "startup_seconds": f"{startup_seconds:.1f}",
         "eval_seconds": f"{eval_seconds:.1f}",
@@ -906,7 +919,7 @@ def main() -> None:
     prepare.print_summary(summary)  # with val_bpb, which only the harness reports
     if SAVE:
         try:
-            saved = {"config": asdict(config), "model": raw_model.state_dict()}
+            saved = {"config": asdict(config), "model": model.state_dict()}
             torch.save(saved, SAVE + ".part")
             os.replace(SAVE + ".part", SAVE)
         except (OSError, RuntimeError) as error:

@@ -377,14 +377,13 @@ SUMMARY = [
     "attention",
     "epochs",
 ]
-EAGER = {"TORCH_COMPILE_DISABLE": "1"}  # for tests that need no compiled model: it saves seconds
 
 
 class Script:
     """A copy of train.py with a small model and a budget of one second, in a folder of its own.
 
-    A test changes lines of it with `edit` and runs it as a user does, with `run`, or with `start`
-    where it has to act meanwhile. Both take environment variables. It trains on the corpus.
+    A test changes lines of it with `edit` and runs it as a user does, with `run`, which takes
+    environment variables. It trains on the corpus.
     """
 
     def __init__(self, folder: Path):
@@ -406,22 +405,12 @@ class Script:
         assert count == 1, f"{pattern} matches {count} times"
         path.write_text(text)
 
-    def start(self, **env: str) -> subprocess.Popen:
-        """Start the script and return its process, whose output is text in two pipes."""
-        return subprocess.Popen(
-            [sys.executable, "train.py"],
-            cwd=self.folder,
-            env={**ENV, "AUTORESEARCH_BUDGET": "1", **env},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
     def run(self, **env: str) -> tuple[int, str, str]:
         """Run the script to its end. Returns the exit code, stdout and stderr."""
-        process = self.start(**env)
-        out, err = process.communicate()
-        return process.returncode, out, err
+        env = {**ENV, "AUTORESEARCH_BUDGET": "1", **env}
+        command = [sys.executable, "train.py"]
+        ended = subprocess.run(command, cwd=self.folder, env=env, capture_output=True, text=True)
+        return ended.returncode, ended.stdout, ended.stderr
 
 
 @pytest.fixture

@@ -561,7 +561,7 @@ def test_the_scale_follows_the_device_and_its_memory(monkeypatch, gigabytes, sca
         assert prepare.default_scale() == expected
 
 
-@pytest.mark.parametrize("options, shards", [([], 6), (["--num-shards", "2"], 2)])
+@pytest.mark.parametrize("options, shards", [([], 5), (["--num-shards", "2"], 2)])
 def test_the_scale_gives_the_number_of_shards(tiny, monkeypatch, options, shards):
     calls = []
     monkeypatch.setattr(prepare, "make_dataset", lambda *args: calls.append(args) or tiny)

@@ -1,5 +1,6 @@
 """Claims about train.py: attention, model, optimizer, rehearsal, and the script from end to end."""
 
+import gc
 import itertools
 import json
 import math
@@ -7,10 +8,8 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CORPUS, CUDA, EAGER, ENV, GPU, ROOT, TINY, USERS_CACHE, summary
+from conftest import CORPUS, CUDA, ENV, GPU, ROOT, TINY, USERS_CACHE, summary
 
 import prepare
 import train
@@ -817,27 +816,21 @@ def test_memory_that_runs_out_halves_the_device_batch_and_says_so(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_every_attempt_to_start_gets_the_full_time(stage, monkeypatch):
-    model, optimizer, tokenizer = stage
-    forward, events = model.forward, []
-
-    def limited(idx, targets=None):
-        events.append(len(idx))
-        if len(idx) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(idx, targets)
-
-    monkeypatch.setattr(prepare, "watch", lambda seconds: events.append(f"{seconds} s"))
-    monkeypatch.setattr(model, "forward", limited)
-    train.fit_batch(model, optimizer, tokenizer)
-    assert events[:6] == ["600 s", 8, "600 s", 4, "600 s", 2]
-
-
 def test_other_errors_are_not_taken_for_a_lack_of_memory(stage, monkeypatch):
     model, optimizer, tokenizer = stage
     monkeypatch.setattr(model, "forward", lambda *args: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         train.fit_batch(model, optimizer, tokenizer)
+
+
+def test_a_loss_that_is_no_number_fails_with_the_reason(stage, capsys):
+    model, optimizer, tokenizer = stage
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    batches = prepare.make_dataloader(tokenizer, 8, 32)
+    with pytest.raises(SystemExit):
+        train.train_loop(model, optimizer, batches, 2)
+    gc.enable()  # The loop has switched it off.
+    assert capsys.readouterr().out == "FAIL: the loss is nan at step 1\n"
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
@@ -933,52 +926,11 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(script):
     assert float(summary(out)["val_bpb"]) > 1 and summary(out)["device"].endswith(", eager")
 
 
-def test_depth_is_the_dial_for_a_larger_model(script):
-    script.set_constant("DEPTH", "3")
-    script.set_constant("ASPECT_RATIO", "30")  # 90 channels make five heads of 16 and a part
-    code, out, err = script.run(**EAGER)
-    assert code == 0, out + err
-    assert "'n_layer': 3, 'n_embd': 96, 'n_head': 6," in out and summary(out)["depth"] == "3"
-
-
-def test_a_loss_that_is_no_number_fails_with_the_reason(script):
-    script.edit(r"^    optimizer.step\(\)$", "    optimizer.step(); total = total * float('nan')")
-    code, out, err = script.run(**EAGER)
-    assert code == 1 and "FAIL: the loss is nan at step" in out and "Traceback" not in err
-
-
-def test_before_prepare_it_says_what_to_run(script, tmp_path):
-    code, out, err = script.run(AUTORESEARCH_CACHE=str(tmp_path / "empty"))
-    assert code == 1 and err.count("\n") == 1 and "uv run prepare.py" in err and not out
-
-
-def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(script, tmp_path):
-    code, out, err = script.run(AUTORESEARCH_SAVE=str(tmp_path / "no" / "model.pt"))
-    assert code == 1 and err.startswith("error: AUTORESEARCH_SAVE=") and not out
-
-
-def test_weights_that_cannot_be_written_are_told_after_the_score(script, tmp_path):
-    (tmp_path / "model.pt.part").mkdir()
-    code, out, err = script.run(AUTORESEARCH_SAVE=str(tmp_path / "model.pt"), **EAGER)
-    assert code == 1 and float(summary(out)["val_bpb"]) > 1
-    assert err.startswith("error: AUTORESEARCH_SAVE=") and err.count("\n") == 1
-
-
-def test_ctrl_c_ends_training_at_once_with_130(script):
-    process = script.start(AUTORESEARCH_BUDGET="60", **EAGER)
-    while not process.stdout.readline().startswith("step 0"):
-        assert process.poll() is None
-    start = time.time()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "Traceback" not in err and time.time() - start < 5
-
-
 @pytest.mark.parametrize(
     "scale, shape, windows",
     [
-        ("full", "1 2048 8192", "256 256 256 256 2048 256 256 256 2048"),
-        ("medium", "1 1024 8192", "256 256 256 1024 256 1024"),
+        ("full", "1 2048 8192 1", "256 256 256 256 2048 256 256 256 2048"),
+        ("medium", "1 1024 8192 2", "256 256 256 1024 256 1024"),
     ],
 )
 def test_importing_train_runs_nothing_and_fits_the_scales_for_a_gpu(
@@ -992,17 +944,11 @@ def test_importing_train_runs_nothing_and_fits_the_scales_for_a_gpu(
         with torch.device("meta"):
             model = train.GPT(train.GPTConfig())
             logits = model(torch.zeros(1, train.MAX_SEQ_LEN, dtype=torch.int64))
-        print(*logits.shape)
-        print(train.grad_accum_steps(train.DEVICE_BATCH_SIZE))
+        print(*logits.shape, train.grad_accum_steps(train.DEVICE_BATCH_SIZE))
         print(*model.config.windows())
         print(torch._functorch.config.autograd_cache_allow_custom_autograd_functions)
     """
     env = {**ENV, "AUTORESEARCH_CACHE": str(tmp_path), "AUTORESEARCH_BUDGET": "86400"}
     options = {"cwd": ROOT, "env": env, "capture_output": True, "text": True}
     result = subprocess.run([sys.executable, "-c", code], **options)
-    assert result.stdout.splitlines() == [
-        shape,
-        "2",
-        windows,
-        "True",
-    ], result.stderr
+    assert result.stdout.splitlines() == [shape, windows, "True"], result.stderr
