@@ -333,8 +333,11 @@ def read_parquet(path: Path) -> Iterator[str]:
             for raw in batch.column("text").drop_null().cast(pa.large_binary()).to_pylist():
                 yield raw.decode("utf-8", "replace")
     except (pa.ArrowException, KeyError, OSError) as error:
-        why = reason(error)
-        raise Refusal(f"{path} is no parquet with text in a column `text` ({why})") from None
+        wrong = f"{path} is no parquet with text in a column `text` ({reason(error)})"
+        if CACHE / "downloads" in path.parents:
+            path.unlink()
+            wrong += "; it is deleted now, and `uv run prepare.py` fetches it again"
+        raise Refusal(wrong) from None
 
 
 def read_jsonl(path: Path) -> Iterator[str]:
