@@ -7,7 +7,7 @@ A small GPT and its optimizer, trained for five minutes on one device. OPEN: imp
 The model is a GPT with
 - rotary embeddings, QK-norm, grouped-query attention and sliding windows
 - keys of which one half comes from the previous token
-- value embeddings with gates on every other layer: of tokens and, on a CUDA GPU, hashed bigrams
+- value embeddings with gates on every other layer: of tokens and of hashed bigrams
 - ReLU^2 in the MLP, and a causal convolution before it
 - learned weights for the residual stream and for the embedding, which every layer gets back
 - a soft cap on the logits, an output matrix of its own, no biases, no learned norms
@@ -69,8 +69,8 @@ def by_scale(*, full, medium, small):
 
 
 # model
-DEPTH = by_scale(full=9, medium=6, small=3)  # the dial for the size: the width follows
-ASPECT_RATIO = by_scale(full=56, medium=64, small=85)  # width divided by depth
+DEPTH = by_scale(full=9, medium=6, small=2)  # the dial for the size: the width follows
+ASPECT_RATIO = by_scale(full=56, medium=64, small=128)  # width divided by depth
 HEAD_DIM = 128
 N_EMBD = HEAD_DIM * math.ceil(DEPTH * ASPECT_RATIO / HEAD_DIM)  # width, rounded up to whole heads
 N_KV_HEAD = N_EMBD // HEAD_DIM  # as many as query heads; with fewer, query heads share them
@@ -79,7 +79,7 @@ WINDOW_PATTERN = by_scale(full="SSSSL", medium="SSSL", small="L")
 SHORT_WINDOW = by_scale(full=256, medium=256, small=64)  # earlier tokens that an S layer sees
 ROPE_BASE = by_scale(full=200_000, medium=100_000, small=10_000)  # more for longer sequences
 GATE_CHANNELS = 32  # first channels of x, from which the gates of value embeddings are computed
-BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=0)  # rows of each table; too slow for a CPU
+BIGRAM_ROWS = by_scale(full=2**17, medium=2**16, small=2**15)  # rows of each table
 CONV_TAPS = 3  # earlier tokens that the convolution adds to each token
 SOFTCAP = 15.0  # logits stay within +-SOFTCAP
 
