@@ -491,7 +491,7 @@ def test_a_model_is_rebuilt_from_its_saved_configuration(monkeypatch, changes):
 def test_flops_count_products_and_what_attention_sees():
     model = GPT(small_config(n_layer=1))
     attention = 64 * 64 + 2 * 64 * 32 + 64 * 64  # c_q, c_k and c_v, c_proj
-    gates = model.config.gate_channels * 2  # one for each head of the values
+    gates = 2 * model.config.gate_channels * 2  # for tokens and bigrams, one for each value head
     mlp = 64 * 256 + 256 * 64
     lm_head = 64 * 96
     attended = 64 * 48  # channels of q, by the tokens of the sequence
