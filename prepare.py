@@ -91,7 +91,7 @@ class Scale(NamedTuple):
     vocab_size: int  # BOS included
     eval_rows: int  # validation rows at most, of seq_len targets each
     source: str  # where --source does not say it
-    shards: int  # of climbmix: 1.5 times what an H100, an RTX 5090 or a large Mac reads
+    shards: int  # of climbmix: more than an H100, RTX 5090 or large Mac reads in five minutes
 
 
 # A shard of climbmix holds 61M tokens, since there are 400B in 6,543 of them.

@@ -401,6 +401,12 @@ def test_damaged_rows_are_refused_before_the_clock_starts(tiny):
     assert prepare.run.start is None
 
 
+def test_before_any_data_is_prepared_the_command_for_it_is_named(cache, monkeypatch):
+    monkeypatch.setattr(prepare, "DATASET", prepare.find_dataset())
+    with pytest.raises(Refusal, match="no data yet; run `uv run prepare.py`"):
+        Tokenizer.from_directory()
+
+
 def test_data_of_another_prepare_py_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(prepare, "CODE_HASH", "edited")
     with pytest.raises(Refusal, match="another prepare.py or Python prepared the data"):

@@ -816,6 +816,22 @@ def test_memory_that_runs_out_halves_the_device_batch_and_says_so(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
+def test_every_attempt_to_start_gets_the_full_time(stage, monkeypatch):
+    model, optimizer, tokenizer = stage
+    forward, events = model.forward, []
+
+    def limited(idx, targets=None):
+        events.append(len(idx))
+        if len(idx) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(idx, targets)
+
+    monkeypatch.setattr(prepare, "watch", lambda seconds: events.append(f"{seconds} s"))
+    monkeypatch.setattr(model, "forward", limited)
+    train.fit_batch(model, optimizer, tokenizer)
+    assert events[:6] == ["600 s", 8, "600 s", 4, "600 s", 2]
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory(stage, monkeypatch):
     model, optimizer, tokenizer = stage
     monkeypatch.setattr(model, "forward", lambda *args: torch.ones(2) @ torch.ones(3))
@@ -827,10 +843,18 @@ def test_a_loss_that_is_no_number_fails_with_the_reason(stage, capsys):
     model, optimizer, tokenizer = stage
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     batches = prepare.make_dataloader(tokenizer, 8, 32)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         train.train_loop(model, optimizer, batches, 2)
     gc.enable()  # The loop has switched it off.
+    assert stopped.value.code == 1
     assert capsys.readouterr().out == "FAIL: the loss is nan at step 1\n"
+
+
+def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "SAVE", str(tmp_path / "no" / "model.pt"))
+    with pytest.raises(prepare.Refusal, match="AUTORESEARCH_SAVE="):
+        train.main()
+    assert not capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
@@ -929,8 +953,8 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so(script):
 @pytest.mark.parametrize(
     "scale, shape, windows",
     [
-        ("full", "1 2048 8192 1", "256 256 256 256 2048 256 256 256 2048"),
-        ("medium", "1 1024 8192 2", "256 256 256 1024 256 1024"),
+        ("full", "1 2048 8192 1 512", "256 256 256 256 2048 256 256 256 2048"),
+        ("medium", "1 1024 8192 2 384", "256 256 256 1024 256 1024"),
     ],
 )
 def test_importing_train_runs_nothing_and_fits_the_scales_for_a_gpu(
@@ -944,7 +968,8 @@ def test_importing_train_runs_nothing_and_fits_the_scales_for_a_gpu(
         with torch.device("meta"):
             model = train.GPT(train.GPTConfig())
             logits = model(torch.zeros(1, train.MAX_SEQ_LEN, dtype=torch.int64))
-        print(*logits.shape, train.grad_accum_steps(train.DEVICE_BATCH_SIZE))
+        accum = train.grad_accum_steps(train.DEVICE_BATCH_SIZE)
+        print(*logits.shape, accum, model.config.n_embd)
         print(*model.config.windows())
         print(torch._functorch.config.autograd_cache_allow_custom_autograd_functions)
     """
