@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -26,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from conftest import CORPUS, CUDA, ENV, ROOT, TEXTS, VAL, git, parquet
 from torch import nn
-from torch._inductor.compile_worker.subproc_pool import SubprocException
 
 import prepare
 from prepare import Refusal, Tokenizer, check_model, evaluate_bpb, make_dataloader
@@ -489,13 +487,6 @@ def test_a_lasting_fault_ends_in_one_sentence_and_keeps_the_rest(
     assert len(tries) == (1 if fault in (401, 404) else 4)
 
 
-def test_a_server_that_is_not_there_is_named(hub, cache, monkeypatch):
-    monkeypatch.setattr(prepare, "HUB", "http://127.0.0.1:9")
-    sentence = "cannot download x.parquet .* no connection to http://127.0.0.1:9"
-    with pytest.raises(Refusal, match=sentence):
-        prepare.fetch(prepare.TINYSTORIES, "x.parquet")
-
-
 def test_without_a_network_the_default_is_python_and_says_so(cache, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "HUB", "http://127.0.0.1:9")
     assert prepare.default_source("small") == "python"
@@ -567,42 +558,12 @@ def test_the_scale_follows_the_device_and_its_memory(monkeypatch, gigabytes, sca
         assert prepare.default_scale() == expected
 
 
-@pytest.mark.parametrize("options, shards", [([], 5), (["--num-shards", "2"], 2)])
-def test_the_scale_gives_the_number_of_shards(tiny, monkeypatch, options, shards):
-    calls = []
-    monkeypatch.setattr(prepare, "make_dataset", lambda *args: calls.append(args) or tiny)
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--scale", "medium", *options])
-    monkeypatch.setattr(prepare, "fetch_attention_kernel", lambda: None)
-    prepare.main()
-    assert calls == [(None, "medium", shards)]
-
-
-def test_bad_flags_exit_with_2(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--num-shards", "0"])
-    with pytest.raises(SystemExit) as stopped:
-        prepare.main()
-    assert stopped.value.code == 2
-
-
 def test_a_refusal_is_printed_as_its_sentence_and_a_bug_with_its_traceback(capsys):
     assert issubclass(Refusal, Exception)  # so that an `except Exception` of train.py holds it
     sys.excepthook(Refusal, Refusal("do this"), None)
     assert capsys.readouterr().err == "error: do this\n"
     sys.excepthook(KeyError, KeyError("a bug"), None)
     assert capsys.readouterr().err == "KeyError: 'a bug'\n"  # as Python prints it
-
-
-def test_the_reason_of_an_error_is_the_line_that_says_something():
-    announced = ValueError("the backend raised:\nAttributeError: no such name\nand more")
-    assert prepare.reason(announced) == "AttributeError: no such name"
-    assert prepare.reason(ValueError("nothing follows:")) == "nothing follows:"
-    assert prepare.reason(ValueError()) == "ValueError"
-    try:
-        int("x")
-    except ValueError:
-        error = SubprocException(traceback.format_exc())  # as a worker of the compiler raises it
-    assert str(error).startswith("An exception occurred in a subprocess:\n")
-    assert prepare.reason(error) == "ValueError: invalid literal for int() with base 10: 'x'"
 
 
 # ---------------------------------------------------------------------------
@@ -684,15 +645,6 @@ def test_a_second_loader_goes_on_where_the_first_one_is(tiny):
     start = prepare.run.start
     rows_again += drawn(loader_of(8), 1)
     assert rows == rows_again and prepare.run.start == start
-
-
-def test_the_rows_are_read_ahead_once_before_the_clock_starts(tiny, monkeypatch):
-    paths = queue.SimpleQueue()
-    monkeypatch.setattr(prepare, "file_hash", paths.put)
-    loader_of(4)
-    loader_of(4)
-    assert paths.get(timeout=10) == tiny / "train.bin"
-    assert paths.empty() and prepare.run.start is None
 
 
 @pytest.mark.parametrize(

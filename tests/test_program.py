@@ -29,7 +29,7 @@ def commands(heading: str) -> list[str]:
 
 
 CHECK, BEGIN = commands("Setup")
-COMMIT, TRAIN, KEEP, DISCARD = commands("One experiment")
+LOOK, COMMIT, TRAIN, KEEP, DISCARD = commands("One experiment")
 RENAME, COMPARE = commands("When the machine is busy")
 (RESUME,) = commands("Resume")
 (OTHERS,) = commands("Other agents")
@@ -269,13 +269,14 @@ def test_a_mended_crash_is_one_experiment(night):
 
 def test_what_the_human_writes_in_the_night_survives_a_discard(night):
     night.decide()
-    for name in ("program.md", "analysis.ipynb"):
+    for name in ("program.md", "analysis.ipynb", "notes.md"):
         with (night.folder / name).open("a") as file:
             file.write("three seeds, please\n")
     assert night.experiment(1.7) == "discard"
     assert night.git("show", "--name-only", "--format=", night.rows()[-1][0]) == "train.py"
-    assert night.git("status", "--porcelain") == "M program.md\n?? analysis.ipynb"
     assert "three seeds, please" in (night.folder / "program.md").read_text()
+    shown = night.paste(LOOK)
+    assert "three seeds, please\n" in shown and shown.endswith(" M program.md\n?? analysis.ipynb\n")
 
 
 def test_a_disturbed_run_leaves_the_records(night):

@@ -5,19 +5,17 @@ import itertools
 import json
 import math
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CORPUS, CUDA, ENV, GPU, ROOT, TINY, USERS_CACHE, summary
+from conftest import CUDA, ENV, GPU, ROOT, USERS_CACHE, summary
 
 import prepare
 import train
@@ -178,29 +176,6 @@ def test_training_loads_the_kernel_that_prepare_has_fetched(
     assert train.pick_attention({64}, 64, compiled=False)[0] == "fa3", capsys.readouterr().out
 
 
-def test_a_kernel_that_cannot_be_fetched_is_told_in_one_line(hopper, monkeypatch, cache, capsys):
-    def unreachable(repo, version):
-        raise ValueError("could not verify the publisher\nand a long story")
-
-    monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
-    monkeypatch.setattr("kernels.install_kernel", unreachable)
-    prepare.fetch_attention_kernel()
-    assert capsys.readouterr().out.count("\n") == 1
-
-
-@pytest.mark.parametrize("scale, fetched", [("tiny", True), ("small", False)])
-def test_a_login_node_without_a_gpu_fetches_the_kernel_for_the_larger_scales(
-    scale, fetched, monkeypatch, cache
-):
-    monkeypatch.setitem(prepare.SCALES, scale, TINY)
-    monkeypatch.setattr(prepare, "DEVICE", "cpu")
-    monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
-    monkeypatch.setattr("kernels.install_kernel", lambda repo, version: "/the/kernel")
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--scale", scale, "--source", str(CORPUS)])
-    prepare.main()
-    assert (cache / "attention_kernel").exists() == fetched
-
-
 @pytest.mark.parametrize(
     "fault, reason",
     [
@@ -231,56 +206,6 @@ def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
     assert train.pick_attention({11, 64}, 64, compiled=True) == ("flex", naive_attention)
     assert train.pick_attention({11, 64}, 64, compiled=False)[0] == "sdpa"
     assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
-
-
-def test_a_kernel_that_breaks_the_graph_is_used_and_told_in_one_line(
-    fake_kernel, hopper, monkeypatch, capsys
-):
-    fake_kernel(first="torch._dynamo.graph_break()")
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    assert train.pick_attention({64}, 64, compiled=True)[0] == "fa3"
-    out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "fa3 breaks the compiled graph" in out
-
-
-def test_a_cpu_takes_blocks_of_queries_once_compiled(monkeypatch):
-    monkeypatch.setattr(train, "DEVICE", "cpu")
-    assert train.pick_attention({64}, 64, compiled=True) == ("blocked", train.blocked_attention)
-    assert train.pick_attention({64}, 64, compiled=False) == ("sdpa", train.sdpa_attention)
-
-
-SLOPE = 3.0
-
-
-class Square(torch.autograd.Function):
-    """An autograd function with the gradient SLOPE * x. FlashAttention-3 is such a function too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return SLOPE * x * g
-
-
-@COMPILES
-def test_graphs_with_an_autograd_function_are_kept_between_runs_and_never_out_of_date(monkeypatch):
-    counters = torch._dynamo.utils.counters["aot_autograd"]
-    # Random slopes, because torch keeps the graphs of earlier runs of this test on disk.
-    one, other = random.random(), random.random()
-    with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
-        for slope, seen in ((one, "miss"), (one, "hit"), (other, "miss")):
-            monkeypatch.setattr(sys.modules[__name__], "SLOPE", slope)
-            torch._dynamo.reset()
-            counters.clear()
-            x = torch.randn(8, requires_grad=True)
-            torch.compile(lambda x: Square.apply(x).sum(), fullgraph=True)(x).backward()
-            assert torch.allclose(x.grad, slope * x.detach())
-            found = [name for name in ("miss", "hit") if counters[f"autograd_cache_{name}"]]
-            assert found == [seen]
 
 
 # ---------------------------------------------------------------------------
@@ -392,18 +317,6 @@ def test_the_mlp_is_relu_squared_of_a_causal_convolution_by_channel(awake):
     assert torch.allclose(out, expected, atol=1e-4)
     alone = block(x[:, :1], [], taps, awake.cos[:, :1], awake.sin[:, :1])  # fewer tokens than taps
     assert torch.allclose(alone, expected[:, :1], atol=1e-4)
-
-
-def test_every_backend_gives_the_same_model(awake):
-    idx, targets = torch.randint(96, (2, 3, 48))
-    other = GPT(small_config(), naive_attention)
-    other.load_state_dict(awake.state_dict())
-    losses = [model(idx, targets) for model in (awake, other)]
-    for loss in losses:
-        loss.backward()
-    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
-    for (name, p), q in zip(awake.named_parameters(), other.parameters(), strict=True):
-        assert report(name, p.grad, q.grad) <= 1e-5 * max(1, q.grad.abs().max().item())
 
 
 @pytest.mark.parametrize("scale, low, high", [(2.0**12, 0, 0.02), (1.0, 0.1, 1)])
@@ -654,12 +567,6 @@ def test_the_learning_rate_rises_stays_and_falls(monkeypatch):
     assert factors == pytest.approx([0, 0.5, 1, 1, 1, 0.6, 0.2])
 
 
-def test_without_warmup_and_warmdown_the_learning_rate_is_constant(monkeypatch):
-    monkeypatch.setattr(train, "WARMUP_RATIO", 0)
-    monkeypatch.setattr(train, "WARMDOWN_RATIO", 0)
-    assert [train.lr_factor(progress) for progress in (0, 0.5, 1)] == [1, 1, 1]
-
-
 def test_the_schedule_ends_where_it_should():
     model = GPT(small_config())
     optimizer = MuonAdamW(model.param_groups(), compiled=False)
@@ -670,12 +577,6 @@ def test_the_schedule_ends_where_it_should():
     assert all(group["betas"][0] == train.MOMENTUM and group["weight_decay"] == 0 for group in muon)
     train.schedule(optimizer, 0, 0.0)
     assert [group["lr"] for group in optimizer.param_groups] == initial
-
-
-def test_every_parameter_has_one_group():
-    model = GPT(small_config(bigram_rows=64))
-    grouped = [id(p) for group in model.param_groups() for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, model.parameters()))
 
 
 def test_a_parameter_that_nobody_would_train_is_named():
@@ -699,34 +600,6 @@ def test_a_vector_in_a_block_goes_to_adamw_and_a_matrix_to_muon(shape):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert (model.blocks[0].attn.scale != 1).all()
-
-
-class SwiGLU(torch.nn.Module):
-    """A gated MLP in place of the one of train.py. Agents often try it first."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.c_gate = train.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_fc = train.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = train.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
-
-
-def test_a_gated_mlp_is_born_alive(monkeypatch):
-    monkeypatch.setattr(train, "MLP", SwiGLU)
-    model = GPT(small_config())
-    optimizer = MuonAdamW(model.param_groups(), compiled=False)
-    idx, targets = torch.randint(96, (2, 3, 48))
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if "mlp" in name}
-    for _ in range(3):
-        model(idx, targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert len(before) == 12
-    for name, parameter in model.named_parameters():
-        assert name not in before or not torch.equal(parameter, before[name]), name
 
 
 # ---------------------------------------------------------------------------
@@ -816,22 +689,6 @@ def test_memory_that_runs_out_halves_the_device_batch_and_says_so(
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_every_attempt_to_start_gets_the_full_time(stage, monkeypatch):
-    model, optimizer, tokenizer = stage
-    forward, events = model.forward, []
-
-    def limited(idx, targets=None):
-        events.append(len(idx))
-        if len(idx) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(idx, targets)
-
-    monkeypatch.setattr(prepare, "watch", lambda seconds: events.append(f"{seconds} s"))
-    monkeypatch.setattr(model, "forward", limited)
-    train.fit_batch(model, optimizer, tokenizer)
-    assert events[:6] == ["600 s", 8, "600 s", 4, "600 s", 2]
-
-
 def test_other_errors_are_not_taken_for_a_lack_of_memory(stage, monkeypatch):
     model, optimizer, tokenizer = stage
     monkeypatch.setattr(model, "forward", lambda *args: torch.ones(2) @ torch.ones(3))
@@ -861,23 +718,6 @@ def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
     monkeypatch.setattr(train, "TOTAL_BATCH_SIZE", 500)
     with pytest.raises(prepare.Refusal, match="TOTAL_BATCH_SIZE 500 is no multiple"):
         train.grad_accum_steps(8)
-
-
-@pytest.mark.parametrize(
-    "name, peak",
-    [
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA GeForce RTX 4070", 58.3),
-        ("NVIDIA GeForce RTX 4070 Ti", None),  # another chip, whose peak is not listed
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("Tesla T4", 65),
-    ],
-)
-def test_the_utilisation_is_known_for_listed_gpus_alone(monkeypatch, name, peak):
-    monkeypatch.setattr(train, "DEVICE_NAME", name)
-    expected = "n/a" if peak is None else f"{100 * 20 / peak:.2f}"
-    assert train.mfu_percent(flops=100e12, seconds=5) == expected
 
 
 # ---------------------------------------------------------------------------
