@@ -29,12 +29,11 @@ def commands(heading: str) -> list[str]:
 
 
 CHECK, BEGIN = commands("Setup")
-LOOK, COMMIT, TRAIN, KEEP, DISCARD = commands("One experiment")
+LOOK, COMMIT, TRAIN, ROW, BACK = commands("One experiment")
 RENAME, COMPARE = commands("When the machine is busy")
 (RESUME,) = commands("Resume")
 (OTHERS,) = commands("Other agents")
-(AMEND,) = re.findall(r"`(git\s+commit -q --amend .*?)`", PROGRAM)
-AMEND = " ".join(AMEND.split())  # the text breaks its line
+(AMEND,) = re.findall(r"`(git commit -q --amend .*?)`", PROGRAM)
 
 SHELLS = [name for name in ("sh", "bash", "zsh") if shutil.which(name)]
 
@@ -109,11 +108,12 @@ class Night:
         return float(found[1]) if found else None
 
     def end(self, status: str, value: float = 0, memory: str = "1.5") -> None:
-        """Paste the block that ends an experiment, with these words in place of the sample's."""
-        block = KEEP if status == "keep" else DISCARD
+        """Paste the row with these words in place of the sample's, and what follows a discard."""
         sample = re.compile(r"[0-9.]{8} [0-9.]{3} \w+ '.*?'")
-        assert len(sample.findall(block)) == 1
-        self.paste(sample.sub(f"{value:.6f} {memory} {status} 'an idea'", block))
+        assert len(sample.findall(ROW)) == 1
+        self.paste(sample.sub(f"{value:.6f} {memory} {status} 'an idea'", ROW))
+        if status != "keep":
+            self.paste(BACK)
 
     def decide(self) -> str:
         """Train the commit at HEAD as step 4 says, and end the experiment. Returns its status."""
@@ -326,12 +326,12 @@ def test_resume_after_the_client_was_killed_in_a_run(night):
 def test_resume_between_the_row_and_the_reset(night):
     night.decide()
     night.commit(1.7)
-    row = DISCARD.splitlines()[0].replace("1.609377", f"{night.train(1):.6f}")
+    row = ROW.replace("1.602184", f"{night.train(1):.6f}").replace(" keep ", " discard ")
     night.paste(row)
     head = night.git("rev-parse", "--short", "HEAD")
     shown = night.paste(RESUME + ":")
     assert shown.startswith(head) and f"\n{head}\t1.700000\t1.5\tdiscard\t" in shown
-    night.paste(DISCARD.splitlines()[-1])
+    night.paste(BACK)
     night.check_records()
 
 
