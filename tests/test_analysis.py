@@ -363,7 +363,7 @@ def test_a_real_night_without_its_commits(show, tmp_path):
     shown = show()
     # Counted by hand
     done = shown["How much was done?"]
-    assert "11 experiments beside the baseline: 6 kept, 5 discarded, 0 crashed. 22 runs of" in done
+    assert "11 experiments beside the baseline: 6 kept, 5 discarded, 0 crashed. 24 runs of" in done
     said = shown["What to believe"]
     assert "went from 1.677748 to 1.615399: the gain is 0.062349, or 3.72%" in said
     assert "\n- " not in said
