@@ -838,6 +838,8 @@ def main() -> None:
     sys.stdout.reconfigure(line_buffering=True, errors="replace")
     if SAVE and (SAVE.endswith("/") or Path(SAVE).is_dir() or not Path(SAVE).parent.is_dir()):
         raise prepare.Refusal(f"AUTORESEARCH_SAVE={SAVE} is no file in an existing folder")
+    if N_EMBD % HEAD_DIM or (N_EMBD // HEAD_DIM) % N_KV_HEAD:
+        raise prepare.Refusal("HEAD_DIM must divide N_EMBD, and N_KV_HEAD the number of heads")
     torch.manual_seed(SEED)
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its results do not repeat bitwise
@@ -891,8 +893,12 @@ def main() -> None:
     }
     prepare.print_summary(summary)  # with val_bpb, which only the harness reports
     if SAVE:
-        torch.save({"config": asdict(config), "model": model.state_dict()}, SAVE + ".part")
-        os.replace(SAVE + ".part", SAVE)
+        try:
+            torch.save({"config": asdict(config), "model": model.state_dict()}, SAVE + ".part")
+            os.replace(SAVE + ".part", SAVE)
+        except (OSError, RuntimeError) as error:
+            why = f"could not be written ({prepare.reason(error)})"
+            raise prepare.Refusal(f"AUTORESEARCH_SAVE={SAVE} {why}") from None
 
 
 if __name__ == "__main__":

@@ -709,8 +709,11 @@ def test_a_loss_that_is_no_number_fails_with_the_reason(stage, capsys):
     assert capsys.readouterr().out == "FAIL: the loss is nan at step 1\n"
 
 
-def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "SAVE", str(tmp_path / "no" / "model.pt"))
+@pytest.mark.parametrize("save", ["no/model.pt", "no/", ""])
+def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(
+    tmp_path, monkeypatch, capsys, save
+):
+    monkeypatch.setattr(train, "SAVE", f"{tmp_path}/{save}")
     with pytest.raises(prepare.Refusal, match="AUTORESEARCH_SAVE="):
         train.main()
     assert not capsys.readouterr().out
