@@ -374,6 +374,8 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         with torch.enable_grad():  # always, so that training and evaluation share a compiled graph
             x = self.trunk(idx)
+        if not torch.is_grad_enabled():
+            x = x.detach()  # frees what the trunk has kept for a backward pass
         return self.head(x, targets)
 
     def trunk(self, idx: torch.Tensor) -> torch.Tensor:
