@@ -1,8 +1,8 @@
 """
 The machinery of the tests, so that a test itself is only a short claim.
 
-It gives the tests a small corpus with a cache of its own, a Hugging Face hub with faults, a fake
-attention kernel, and a copy of train.py that runs as a script.
+It gives the tests a small corpus with a cache of its own, a Hugging Face hub with faults, and a
+copy of train.py that runs as a script.
 """
 
 import atexit
@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,7 +70,6 @@ subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENV)
 import torch  # noqa: E402
 
 import prepare  # noqa: E402
-import train  # noqa: E402
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -270,77 +269,6 @@ def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
-
-
-# ---------------------------------------------------------------------------
-# A fake attention kernel
-
-# {first} is a line that runs before all others. {less} compares a distance with the window.
-FAKE_KERNEL = """
-import torch
-import torch.nn.functional as F
-
-def flash_attn_func(q, k, v, causal, window_size):
-    {first}
-    position = torch.arange(q.size(1))
-    distance = position[:, None] - position
-    mask = (distance >= 0) & (distance {less} window_size[0])
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return y.transpose(1, 2)
-"""
-
-
-@pytest.fixture
-def fake_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """Install a kernel that the library `kernels` takes for FlashAttention-3, and runs on a CPU.
-
-    FlashAttention-3 needs a GPU and a download. This kernel has its signature and lies where the
-    library looks first, so all that train.py does with a kernel from the hub can be tested. The
-    fixture is a function that a test calls: fake_kernel() installs a kernel that works,
-    fake_kernel(first=...) one with another line at its beginning, and fake_kernel(less="<") one
-    whose windows are too short by a token.
-    """
-    import kernels.load
-
-    def install(first: str = "pass", less: str = "<=") -> None:
-        variant = tmp_path / "kernel" / "build" / "torch-universal"
-        variant.mkdir(parents=True)
-        (variant / "__init__.py").write_text(FAKE_KERNEL.format(first=first, less=less))
-        metadata = {
-            "name": "flash-attn3",
-            "id": f"fake_{tmp_path.name}",
-            "version": 1,
-            "license": "MIT",
-            "python-depends": [],
-            "backend": {"type": "cpu"},
-        }
-        (variant / "metadata.json").write_text(json.dumps(metadata))
-
-    repo, _ = prepare.ATTENTION_KERNEL
-    monkeypatch.setenv("LOCAL_KERNELS", f"{repo}={tmp_path / 'kernel'}")
-    monkeypatch.setattr(train, "DEVICE", "cpu")
-    kernels.load._parse_local_kernel_overrides.cache_clear()
-    yield install
-    kernels.load._parse_local_kernel_overrides.cache_clear()
-
-
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make train.pick_attention believe that this machine has a Hopper GPU.
-
-    So it tries FlashAttention-3, and FlexAttention for short windows in a compiled model. As soon
-    as it loads the kernel, train.DEVICE is the CPU again, because the fake kernel runs there.
-    """
-    load_kernel = train.fa3_backend
-
-    def load_on_the_cpu() -> Callable:
-        monkeypatch.setattr(train, "DEVICE", "cpu")
-        return load_kernel()
-
-    monkeypatch.setattr(train, "fa3_backend", load_on_the_cpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(train, "DEVICE", "cuda")
 
 
 # ---------------------------------------------------------------------------
