@@ -463,7 +463,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x
 
 
 def muon_step(group: dict) -> None:
@@ -497,7 +497,7 @@ def muon_step(group: dict) -> None:
 class MuonAdamW:
     """Muon for groups of kind "muon", whose matrices share a shape, and AdamW for kind "adamw".
 
-    Neither is compiled: no step would be faster, and the start with a new shape 9 s slower.
+    Compiling them makes no step faster, and the start of a changed model 9 s slower.
     """
 
     def __init__(self, groups: list[dict]):
@@ -621,8 +621,7 @@ def probe_attention(attend: Callable, windows: set[int], T: int, compiled: bool)
         results = []
         for function in (attend, sdpa_attention):
             y = function(*qkv, window)
-            gradients = torch.autograd.grad(y.square().sum(), qkv)
-            results.append([y, *gradients])
+            results.append([y, *torch.autograd.grad(y.square().sum(), qkv)])
         for ours, reference in zip(*results, strict=True):
             error = (ours - reference).float().norm()
             if not error < 0.02 * reference.float().norm():  # NaN fails too
@@ -636,8 +635,7 @@ def pick_attention(windows: set[int], T: int, compiled: bool) -> tuple[str, Call
     backends = {}
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] in (8, 9):
         backends["fa3"] = fa3_backend
-    has_short_windows = min(windows) < T - 1
-    if DEVICE == "cuda" and compiled and has_short_windows:
+    if DEVICE == "cuda" and compiled and min(windows) < T - 1:  # some layers have short windows
         backends["flex"] = lambda: flex_backend(windows, T)
     for name, backend in backends.items():
         try:
@@ -701,8 +699,7 @@ def rehearse(model: nn.Module, optimizer: MuonAdamW, tokenizer: Tokenizer, B: in
     prepare.watch(prepare.STARTUP_SECONDS)  # every attempt gets the full time
     try:
         for _ in range(2):
-            batches = iter([(inputs, targets, 1)] * accum)
-            train_step(model, optimizer, batches, accum)
+            train_step(model, optimizer, iter([(inputs, targets, 1)] * accum), accum)
         prepare.check_model(model, tokenizer, B)
     finally:
         with torch.no_grad():
@@ -781,7 +778,7 @@ def train_loop(model: nn.Module, optimizer: MuonAdamW, batches: Iterator, accum:
                 f"| lr x{factor:.2f} | {tokens / seconds:,.0f} tok/s | mfu {mfu} | epoch {epoch}"
             )
         if DEVICE != "cpu" and clock.progress() > 0.98:
-            torch.accelerator.synchronize()  # so that no step is under way when the time is up
+            torch.accelerator.synchronize()  # or the host would start steps that cannot end in time
     return step, epoch
 
 
