@@ -710,7 +710,7 @@ def test_a_run_ends_with_the_summary(script, tmp_path):
     assert re.fullmatch("[0-9a-f]{12}", values["harness"])
     assert "\nsample: " in out and "sample: none" not in out
     saved = torch.load(save)
-    assert saved["config"]["n_layer"] == 2 and saved["model"]["wte.weight"].shape == (2048, 64)
+    assert saved["config"]["n_layer"] == 1 and saved["model"]["wte.weight"].shape == (2048, 64)
 
 
 @CUDA
