@@ -542,9 +542,9 @@ def schedule(optimizer: MuonAdamW, step: int, progress: float) -> float:
     momentum = MOMENTUM_START + (MOMENTUM - MOMENTUM_START) * ramp
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-        if group["kind"] == "muon":
-            group["betas"] = (momentum, group["betas"][1])
-            group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
+    for group in optimizer.muon:
+        group["betas"] = (momentum, group["betas"][1])
+        group["weight_decay"] = WEIGHT_DECAY * (1 - progress)
     return factor
 
 

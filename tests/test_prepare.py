@@ -251,12 +251,17 @@ def test_invalid_utf8_in_parquet_is_replaced(tmp_path):
 
 BAD_SOURCES = {
     "no such path": (None, "there is no"),
+    "empty folder": ({}, "holds no text"),
     "wrong suffix": ({"a.csv": b"x"}, "holds no text"),
     "no column text": ({"a.parquet": parquet(body=["x"])}, "`text`"),
+    "numbers as text": ({"a.parquet": parquet(text=[1])}, "`text`"),
+    "not parquet": ({"a.parquet": b"rubbish"}, "is no parquet"),
     "half a parquet": ({"a.parquet": parquet(text=["x"])[:-9]}, "is no parquet"),
     "no key text": ({"a.jsonl": b'{"text": "x"}\n{"body": 1}\n'}, "line 2"),
+    "text is a number": ({"a.jsonl": b'{"text": 5}'}, "line 1"),
     "not json": ({"a.jsonl": b"\x00\xff rubbish"}, "line 1"),
     "binary rubbish": ({"a.txt": bytes(range(256)) * 99}, "not UTF-8 text"),
+    "nul bytes": ({"a.md": b"text\0text"}, "not UTF-8 text"),
     "nothing but blanks": ({"a.txt": b" \n\n "}, "too little"),
     "one document": ({"a.txt": b"word " * 1000}, "too little"),
     "too little text": ({f"{i}.txt": f"text {i}".encode() for i in range(9)}, "too little"),
@@ -505,6 +510,14 @@ def test_the_python_source_is_the_standard_library_and_the_packages(tmp_path):
 
 # ---------------------------------------------------------------------------
 # Command line, device, budget, errors
+
+
+@pytest.mark.parametrize("value", ["abc", "-1", "0", "301", "nan", "1e9", "2.5"])
+def test_a_bad_number_in_the_environment_is_one_sentence(monkeypatch, value):
+    monkeypatch.setenv("SOME_NUMBER", value)
+    sentence = f"SOME_NUMBER={value} is not a number from 1 to 300; unset it for 7$"
+    with pytest.raises(Refusal, match=sentence):
+        prepare.from_environment("SOME_NUMBER", 7, int, 1, 300)
 
 
 def test_what_the_environment_says_is_understood(tmp_path, monkeypatch):

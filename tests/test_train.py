@@ -161,6 +161,8 @@ def kernel(fault=None):
     def attend(q, k, v, window):
         if fault == "launch":
             raise RuntimeError("no kernel image is available")
+        if fault == "scale":
+            q = q * 1.2
         return train.sdpa_attention(q, k, v, window - (fault == "window"))
 
     return attend
@@ -182,10 +184,29 @@ def hopper(monkeypatch):
     return install
 
 
-def test_a_kernel_that_works_is_used(hopper):
-    attend = kernel()
-    hopper(lambda: attend)
-    assert train.pick_attention({11, 64}, 64, compiled=False) == ("fa3", attend)
+def test_training_loads_the_kernel_that_prepare_has_fetched(hopper, monkeypatch, cache):
+    repo, folder = prepare.ATTENTION_KERNEL[0], "/the/kernel"
+
+    def flash_attn_func(q, k, v, causal, window_size):
+        assert causal and window_size[1] == 0
+        return train.sdpa_attention(q, k, v, window_size[0])
+
+    def get_kernel(name, version):
+        assert (name, version) == prepare.ATTENTION_KERNEL
+        assert os.environ["LOCAL_KERNELS"] == f"{repo}={folder}"
+        return SimpleNamespace(flash_attn_func=flash_attn_func)
+
+    cache.mkdir()
+    monkeypatch.setattr(prepare, "KERNEL_PATH", cache / "attention_kernel")
+    monkeypatch.setattr("kernels.install_kernel", lambda repo, version: folder)
+    monkeypatch.setattr("kernels.get_kernel", get_kernel)
+    monkeypatch.setenv("LOCAL_KERNELS", "")  # so that monkeypatch restores it
+    monkeypatch.delenv("LOCAL_KERNELS")
+    prepare.fetch_attention_kernel()
+    hopper(train.fa3_backend)
+    name, attend = train.pick_attention({11, 64}, 64, compiled=False)
+    assert name == "fa3"
+    assert_same_attention(attend, random_qkv(4, 2, 37), 11, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +215,7 @@ def test_a_kernel_that_works_is_used(hopper):
         (train.fa3_backend, "flash-attn3"),  # the library finds no kernel here
         (lambda: kernel("launch"), "no kernel image"),
         (lambda: kernel("window"), "results differ"),
+        (lambda: kernel("scale"), "results differ"),
     ],
 )
 def test_a_missing_or_wrong_kernel_gives_way_with_one_line(hopper, capsys, load, reason):
@@ -205,15 +227,16 @@ def test_a_missing_or_wrong_kernel_gives_way_with_one_line(hopper, capsys, load,
 
 
 def test_windows_on_a_gpu_without_fa3_take_flex_attention(hopper, monkeypatch):
+    def no_kernel():
+        raise ValueError("there is none")
+
+    hopper(no_kernel)
+    monkeypatch.setattr(train, "fa3_backend", no_kernel)  # so that the GPU stays
     monkeypatch.setattr(train, "probe_attention", lambda *args, **options: None)
     monkeypatch.setattr(train, "flex_backend", lambda windows, T: naive_attention)
-    for windows, compiled, name in (
-        ({11, 64}, True, "flex"),
-        ({11, 64}, False, "sdpa"),
-        ({64}, True, "sdpa"),
-    ):
-        hopper(lambda: {}["no kernel"])
-        assert train.pick_attention(windows, 64, compiled)[0] == name
+    assert train.pick_attention({11, 64}, 64, compiled=True) == ("flex", naive_attention)
+    assert train.pick_attention({11, 64}, 64, compiled=False)[0] == "sdpa"
+    assert train.pick_attention({64}, 64, compiled=True)[0] == "sdpa"
 
 
 # ---------------------------------------------------------------------------
@@ -423,6 +446,24 @@ def test_flops_count_products_and_what_attention_sees():
 
 # ---------------------------------------------------------------------------
 # Optimizer
+
+
+def test_the_adamw_half_is_torch_adamw_over_many_steps():
+    shapes = [(8, 5), (7,), (3, 4, 2)]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    group = {"kind": "adamw", "params": ours, "lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.95)}
+    optimizer = MuonAdamW([group])
+    reference = torch.optim.AdamW(theirs, lr=0.05, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.1)
+    for step in range(200):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = torch.randn_like(q) * (1 + step % 5)
+            p.grad = q.grad.clone()
+        for o in (optimizer, reference):
+            o.param_groups[0]["lr"] = 0.05 * (1 - step / 300)
+            o.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert report("parameter", p, q) < 1e-5
 
 
 def muon(*params, lr, weight_decay):
@@ -671,6 +712,16 @@ def test_a_loss_that_is_no_number_fails_with_the_reason(stage, capsys):
     gc.enable()  # The loop has switched it off.
     assert stopped.value.code == 1
     assert capsys.readouterr().out == "FAIL: the loss is nan at step 1\n"
+
+
+@pytest.mark.parametrize("save", ["no/model.pt", "no/", ""])
+def test_a_folder_for_the_weights_that_is_missing_is_told_at_once(
+    tmp_path, monkeypatch, capsys, save
+):
+    monkeypatch.setattr(train, "SAVE", f"{tmp_path}/{save}")
+    with pytest.raises(prepare.Refusal, match="AUTORESEARCH_SAVE="):
+        train.main()
+    assert not capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
