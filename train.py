@@ -202,18 +202,20 @@ def norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def shift(x: torch.Tensor, steps: int = 1) -> torch.Tensor:
-    """Move x (B, T, ...) `steps` tokens to the right: each place holds an earlier token."""
-    padding = (0, 0) * (x.dim() - 2) + (steps, 0)  # from the last dimension on: only T is padded
-    return F.pad(x, padding)[:, : x.size(1)]
+def shift(x: torch.Tensor) -> torch.Tensor:
+    """Move x (B, T, ...) one token to the right: each place holds the token before it."""
+    padding = (0, 0) * (x.dim() - 2) + (1, -1)  # from the last dimension on: only T is shifted
+    return F.pad(x, padding)
 
 
 def causal_conv(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Add to x (B, T, C) its earlier tokens, weighted by channel: taps (n, C) for n of them."""
-    y = x
+    n, T = len(taps), x.size(1)
+    padded = F.pad(x, (0, 0, n, 0))  # (B, n + T, C), kept once for the backward pass
     for i, tap in enumerate(taps.to(x.dtype)):
-        y = y + tap * shift(x, i + 1)
-    return y
+        start = n - 1 - i  # i + 1 tokens earlier
+        x = x + tap * padded[:, start : start + T]
+    return x
 
 
 def hash_bigrams(idx: torch.Tensor, n_rows: int) -> torch.Tensor:
@@ -223,17 +225,19 @@ def hash_bigrams(idx: torch.Tensor, n_rows: int) -> torch.Tensor:
 
 
 def rotary_tables(T: int, head_dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of RoPE (arXiv 2104.09864), each (1, T, 1, head_dim / 2)."""
+    """Cosines and signed sines of RoPE (arXiv 2104.09864), each (1, T, 1, 2, head_dim / 2)."""
     half = head_dim // 2
     frequency = base ** -(torch.arange(half) / half)
     angle = torch.outer(torch.arange(T), frequency)[None, :, None, :]
-    return angle.cos().to(COMPUTE_DTYPE), angle.sin().to(COMPUTE_DTYPE)
+    angles = torch.stack([angle, -angle], dim=-2)  # for the first half of a head, and the second
+    return angles.cos().to(COMPUTE_DTYPE), angles.sin().to(COMPUTE_DTYPE)
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate each head of x (B, T, n_head, head_dim) by an angle that depends on the position."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    # The compiler fuses a flip, and not the cat of two rotated halves: 3% of a step on an H100.
+    halves = x.unflatten(-1, (2, -1))
+    return (halves * cos + halves.flip(-2) * sin).flatten(-2)
 
 
 def sdpa_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
@@ -472,15 +476,15 @@ def muon_step(group: dict) -> None:
     m, n = params[0].shape
     # Nesterov momentum, then the nearest orthogonal matrix
     grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
-    group["momentum"] = beta1 * group["momentum"] + (1 - beta1) * grad  # (K, m, n)
-    update = beta1 * group["momentum"] + (1 - beta1) * grad
+    group["momentum"] = grad.lerp(group["momentum"], beta1)  # (K, m, n)
+    update = grad.lerp(group["momentum"], beta1)
     update = orthogonalize(update).float()
 
     # NorMuon (arXiv 2510.05491): divide each row, or each column of a wide matrix, by its
     # running root mean square, then give each matrix its norm back.
     dim = -1 if m >= n else -2
     mean_square = update.square().mean(dim, keepdim=True)
-    group["variance"] = beta2 * group["variance"] + (1 - beta2) * mean_square
+    group["variance"] = mean_square.lerp(group["variance"], beta2)
     inverse = group["variance"].clamp_min(1e-10).rsqrt()
     before = mean_square.sum((-2, -1), keepdim=True)  # squared norms, but for a factor
     after = (mean_square * inverse.square()).sum((-2, -1), keepdim=True)
@@ -497,7 +501,7 @@ def muon_step(group: dict) -> None:
 class MuonAdamW:
     """Muon for groups of kind "muon", whose matrices share a shape, and torch's AdamW for the rest.
 
-    Compiling them makes no step faster, and the start of a changed model 9 s slower.
+    Compiling them saves at most 1.5% of a step, and costs 9 to 20 s when a changed model starts.
     """
 
     def __init__(self, groups: list[dict]):
@@ -513,7 +517,7 @@ class MuonAdamW:
         """Begin anew, with all moments at zero."""
         self.adamw.state.clear()
         for group in self.muon:
-            group["momentum"] = group["variance"] = 0.0  # tensors from the first step on
+            group["momentum"] = group["variance"] = torch.zeros((), device=DEVICE)
 
     @torch.no_grad()
     def step(self) -> None:
