@@ -32,7 +32,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ import pyarrow.parquet as pq
 import requests
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout  # comes with torch
+from filelock import FileLock  # comes with torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as BPE
 from torch import nn
@@ -66,20 +66,17 @@ def print_error(kind: type, error: BaseException, traceback) -> None:
 sys.excepthook = print_error  # Python then exits with 1
 
 
-COMPLAINT = r"^.*(?:\berror: |cannot find ).*[^:\n]$"  # of a compiler or a linker
-
-
 def reason(error: Exception) -> str:
     """The line of an error's message that says what went wrong, fit for a sentence.
 
-    A line that ends in a colon only announces the next one. Where the message quotes a traceback,
-    the line below its frames counts, and where it quotes a compiler, that one's first complaint.
+    That is the first complaint of a compiler or a linker, else the line below a quoted traceback,
+    else the first line. A line that ends in a colon only announces the next one.
     """
-    text = str(error).strip() or type(error).__name__
-    quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
-    quoted = quoted or re.findall(COMPLAINT, text, re.MULTILINE)[:1]
-    lines = quoted[-1:] or [line for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith(":")), lines[0])
+    for sign in (r"\berror: |cannot find ", r"^[\w.]+Error: ", r"\S"):
+        for line in str(error).splitlines():
+            if re.search(sign, line) and not line.endswith(":"):
+                return line
+    return type(error).__name__
 
 
 # ---------------------------------------------------------------------------
@@ -100,7 +97,6 @@ SCALES = {
     "medium": Scale(seq_len=1024, vocab_size=8192, eval_rows=2048, source="climbmix", shards=5),
     "small": Scale(seq_len=256, vocab_size=2048, eval_rows=2048, source="tinystories", shards=2),
 }
-FULL_SCALE_BYTES = 40e9  # of GPU memory; with less, a GPU gets the scale `medium`
 try:
     CACHE = Path(os.environ.get("AUTORESEARCH_CACHE") or "~/.cache/autoresearch").expanduser()
 except RuntimeError as error:
@@ -111,19 +107,12 @@ KERNEL_PATH = CACHE / "attention_kernel"  # a file that names the folder with th
 CODE_HASH = hashlib.sha256(ast.dump(ast.parse(Path(__file__).read_bytes())).encode()).hexdigest()
 
 
-def nvidia_gpu_present() -> bool:
-    """Whether the machine has an NVIDIA GPU that the user has not hidden, whatever torch sees."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
-        return False
-    if any(Path("/dev").glob("nvidia[0-9]*")):
-        return True
-    smi = shutil.which("nvidia-smi")
-    return bool(smi) and "GPU" in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout
-
-
 def pick_device() -> str:
     """The training device: "cuda", "mps" or "cpu". Raises Refusal if torch cannot use the GPU."""
-    if torch.cuda.is_available() or nvidia_gpu_present():
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    listed = any(Path("/dev").glob("nvidia[0-9]*"))
+    listed = listed or "GPU 0" in subprocess.getoutput("nvidia-smi -L")  # WSL has no such files
+    if torch.cuda.is_available() or (listed and not hidden):
         try:
             torch.ones(1, device="cuda").add(1).item()  # fails for old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
@@ -141,19 +130,16 @@ def default_scale() -> str:
     if DEVICE != "cuda":
         return "small"
     memory = torch.cuda.get_device_properties(0).total_memory  # bytes
-    return "full" if memory >= FULL_SCALE_BYTES else "medium"
+    return "full" if memory >= 40e9 else "medium"
 
 
 def from_environment(name: str, default: float, kind: type, low: float, high: float) -> float:
     """A number from an environment variable. Raises Refusal if it is not one in bounds."""
     text = os.environ.get(name) or str(default)
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan  # which is out of bounds, too
-    if not low <= value <= high:
-        raise Refusal(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
-    return value
+    with contextlib.suppress(ValueError):
+        if low <= kind(text) <= high:
+            return kind(text)
+    raise Refusal(f"{name}={text} is not a number from {low} to {high}; unset it for {default}")
 
 
 def find_dataset() -> tuple[Path, dict] | None:
@@ -178,13 +164,8 @@ def dataset() -> tuple[Path, dict]:
     """The folder and meta.json of the dataset to train on. Raises Refusal if it cannot be used."""
     if DATASET is None:
         raise Refusal("no data yet; run `uv run prepare.py` (`--source python` needs no network)")
-    folder, meta = DATASET
-    if meta.get("code") != CODE_HASH:
+    if DATASET[1]["code"] != CODE_HASH:
         raise Refusal("another prepare.py or Python prepared the data; run `uv run prepare.py`")
-    for split in ("train", "val"):
-        path, size = folder / f"{split}.bin", 2 * meta[f"{split}_rows"] * (MAX_SEQ_LEN + 1)
-        if not path.exists() or path.stat().st_size != size:
-            raise Refusal(f"{path} is damaged; delete its folder and run `uv run prepare.py`")
     return DATASET
 
 
@@ -195,13 +176,11 @@ HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 if "://" not in HUB:
     HUB = f"https://{HUB}"
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
-CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
-BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # for a progress bar
-TIMEOUT = (10, 60)  # seconds to connect, and between two reads
 # What time does not mend: a wrong proxy, a certificate that is not trusted, or a wrong address.
 LASTING = (requests.exceptions.ProxyError, requests.exceptions.SSLError, ValueError)
+progress_bar = functools.partial(tqdm, unit_scale=True, disable=None)  # shown in a terminal only
 
 
 def downloads(repo: str) -> Path:
@@ -224,13 +203,14 @@ def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
 def download(url: str, part: Path) -> None:
     """Append to the file `part` what it lacks of a parquet file, and check the whole.
 
-    Raises ValueError or one of requests' errors. A part that is too short stays for the next try,
-    and one that is wrong is deleted.
+    Raises one of requests' errors where another try can go on from the part, and ValueError or one
+    of pyarrow's errors where the part is wrong.
     """
     # Ask for the last byte again: a range that begins beyond the end would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
     headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-    with requests.get(url, headers=headers, auth=sign, stream=True, timeout=TIMEOUT) as response:
+    timeout = (10, 60)  # seconds to connect, and between two reads
+    with requests.get(url, headers=headers, auth=sign, stream=True, timeout=timeout) as response:
         if response.status_code == 416:  # the part is longer than the file
             part.unlink(missing_ok=True)
         response.raise_for_status()
@@ -239,10 +219,9 @@ def download(url: str, part: Path) -> None:
         # The hub announces size and sha256 before it redirects to its storage.
         hops = (*response.history, response)
         hub = next((hop.headers for hop in hops if "X-Linked-Etag" in hop.headers), {})
-        rest = int(response.headers.get("Content-Length", 0))
-        size = int(hub.get("X-Linked-Size", have + rest if rest else 0))  # 0 where nobody says it
+        size = int(hub.get("X-Linked-Size", 0))  # 0 where nobody says it
         sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
-        bar = tqdm(total=size or None, initial=have, desc=part.stem, **BYTES)
+        bar = progress_bar(desc=part.stem, initial=have, total=size, unit="B")
         with part.open("ab") as file, bar:
             file.truncate(have)
             for chunk in response.iter_content(1 << 16):
@@ -250,14 +229,10 @@ def download(url: str, part: Path) -> None:
                 bar.update(len(chunk))
     got = part.stat().st_size
     if got < size:
-        raise ValueError(f"{got:,} bytes arrived of {size:,}")
-    try:
-        pq.ParquetFile(part)
-        if (size and got != size) or (len(sha256) == 64 and file_hash(part) != sha256):
-            raise ValueError("its size or sha256 is not the one that was announced")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        part.unlink()
-        raise ValueError(f"what arrived is no good: {reason(error)}") from None
+        raise requests.ConnectionError(f"{got:,} bytes arrived of {size:,}")
+    if (size and got > size) or (sha256 and file_hash(part) != sha256):
+        raise ValueError("its size or sha256 is not the one that was announced")
+    pq.ParquetFile(part)
 
 
 def fetch(repo: str, name: str) -> Path:
@@ -275,18 +250,19 @@ def fetch(repo: str, name: str) -> Path:
             os.replace(part, path)
             return path
         except requests.HTTPError as error:
-            why = f"HTTP {error.response.status_code} {error.response.reason}"
-            if error.response.status_code in (401, 403) and os.environ.get("HF_TOKEN"):
+            status = error.response.status_code
+            why = f"HTTP {status} {error.response.reason}"
+            if status in (401, 403) and os.environ.get("HF_TOKEN"):
                 why += ", with the token in HF_TOKEN"
-            if error.response.status_code in (401, 403, 404):  # it would say so again
+            if status in (401, 403, 404):  # it would say so again
                 break
         except requests.RequestException as error:
-            why = f"no connection to {HUB}, or one that broke ({type(error).__name__})"
+            why = reason(error)
             if isinstance(error, LASTING):
-                why = f"{type(error).__name__}, {error}"
                 break
-        except ValueError as error:
-            why = str(error)
+        except (pa.ArrowException, ValueError) as error:
+            why = f"what arrived is no good: {reason(error)}"
+            part.unlink(missing_ok=True)
     raise Refusal(
         f"cannot download {name} of {repo}: {why}; `uv run prepare.py` again resumes, "
         "and `uv run prepare.py --source python` needs no network"
@@ -296,16 +272,15 @@ def fetch(repo: str, name: str) -> Path:
 def default_source(scale: str) -> str:
     """The source for a scale; `python` if it is not downloaded and the hub cannot be reached."""
     source = SCALES[scale].source
-    repo = {"climbmix": CLIMBMIX, "tinystories": TINYSTORIES}[source]
+    repo = CLIMBMIX if source == "climbmix" else TINYSTORIES
     if not any(downloads(repo).glob("*.parquet")):
         try:
             requests.head(HUB, timeout=10)
         except requests.RequestException as error:
-            why = type(error).__name__
+            why = f"{HUB} cannot be reached ({reason(error)})"
             if isinstance(error, LASTING):
-                wrong = f"{HUB} cannot be reached ({why}, {error})"
-                raise Refusal(f"{wrong}; mend that, or use `--source python`") from None
-            print(f"{HUB} cannot be reached ({why}): preparing `python` in place of `{source}`")
+                raise Refusal(f"{why}; mend that, or use `--source python`") from None
+            print(f"{why}: preparing `python` in place of `{source}`")
             return "python"
     return source
 
@@ -313,17 +288,11 @@ def default_source(scale: str) -> str:
 # ---------------------------------------------------------------------------
 # Text sources: files -> documents
 
-LONG_TEXT = 10_000  # characters; a longer .txt or .md is cut into pieces of 2,000 or more
-CUTS = (r"\n[^\S\n]*\n\s*", r"\n", r"\s", "")  # at blank lines, else line ends, spaces, anywhere
+# A longer .txt or .md is cut into pieces of 2,000 characters or more: at a blank line, else at the
+# end of a line, else at a space, else anywhere.
+LONG_TEXT = 10_000
+PIECE = r"(?s).{2000,10000}?(?:\n\s*\n|\Z)|.{2000,10000}?\n|.{2000,10000}?\s|.{1,10000}"
 VAL_FRACTION = 0.05  # share of the documents that validates: those with the lowest hash
-
-
-def cut_text(text: str, cuts: tuple[str, ...] = CUTS) -> Iterator[str]:
-    if len(text) <= LONG_TEXT or not cuts:
-        yield text
-        return
-    for piece in re.findall(rf"(?s).{{2000,}}?(?:{cuts[0]}|\Z)|.+\Z", text):
-        yield from cut_text(piece, cuts[1:])
 
 
 def read_parquet(path: Path) -> Iterator[str]:
@@ -360,7 +329,7 @@ def read_plain(path: Path) -> Iterator[str]:
         text = "\0"
     if "\0" in text:
         raise Refusal(f"{path} is not UTF-8 text; convert it or take it out")
-    yield from cut_text(text)
+    yield from re.findall(PIECE, text) if len(text) > LONG_TEXT else [text]
 
 
 def read_code(path: Path) -> Iterator[str]:
@@ -373,48 +342,46 @@ READERS = {".parquet": read_parquet, ".jsonl": read_jsonl, ".txt": read_plain, "
 class Source(NamedTuple):
     name: str
     files: list[Path]  # in reading order
-    val_files: list[Path] | None  # if None, a part of `files` validates
+    val_files: Iterable[Path] = ()  # without any, a part of `files` validates
 
 
-def in_mixed_order(files: Iterable[Path]) -> list[Path]:
-    """Files by the hash of their names, so that the first ones are a fair sample of all."""
+def find_files(roots: set[Path], suffixes: Container[str]) -> list[Path]:
+    """The files with such suffixes among and below some paths, by the hash of their names.
+
+    In this order the first files are a fair sample of all.
+    """
+    found = set(roots)
+    for root in roots:
+        for folder, _, names in os.walk(root, followlinks=True):
+            found.update(Path(folder, name) for name in names)
+    files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
     return sorted(files, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
-
-
-def python_files() -> list[Path]:
-    """The .py files of the standard library and of every installed package."""
-    stdlib = Path(sysconfig.get_path("stdlib")).resolve()
-    packages = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
-    nested = {"site-packages", "dist-packages"}  # folders in the library, but not of it
-    found = {path for path in stdlib.rglob("*.py") if not nested & set(path.parts)}
-    for folder in packages:
-        found.update(folder.rglob("*.py"))
-    return in_mixed_order(path for path in found if path.is_file())
 
 
 def find_source(source: str, num_shards: int) -> Source:
     """The files of a source, downloaded if need be. Raises Refusal if there are none."""
     if source == "climbmix":
-        shards = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), CLIMBMIX_VAL_SHARD)]
+        shards = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), 6542)]
         with ThreadPoolExecutor(8) as pool:  # if one fails, those under way complete
             *train, val = pool.map(functools.partial(fetch, CLIMBMIX), shards)
         return Source(source, train, [val])
     if source == "tinystories":
-        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")], None)
+        return Source(source, [fetch(TINYSTORIES, "tinystories_gpt4_clean.parquet")])
     if source == "python":
-        return Source(source, python_files(), None)
+        names = ("stdlib", "purelib", "platlib")
+        library, *packages = (Path(sysconfig.get_path(name)).resolve() for name in names)
+        found = find_files({library, *packages}, {".py"})
+        others = {library / "site-packages"} - set(packages)  # of another environment
+        return Source(source, [file for file in found if not others & set(file.parents)])
     path = Path(source).expanduser()
     if not path.exists():
         raise Refusal(f"there is no `{source}`; name climbmix, tinystories, python or a path")
-    tree = os.walk(path, followlinks=True)
-    found = {Path(folder, name) for folder, _, names in tree for name in names} or {path}
-    files = in_mixed_order(p for p in found if p.suffix.lower() in READERS and p.is_file())
+    files = find_files({path}, READERS)
     if not files:
-        seen = ", ".join(sorted({p.suffix for p in found if p.suffix})) or "nothing"
-        readable = ", ".join(READERS)
-        raise Refusal(f"{path} holds no text ({seen}); give files that end in {readable}")
-    name = re.sub(r"[^\w.-]+", "_", path.resolve().stem)
-    return Source(name or "text", files, None)
+        seen = {file.suffix for _, _, names in os.walk(path) for file in map(Path, names)}
+        wrong = f"{path} holds no text ({', '.join(sorted(seen)) or 'nothing'})"
+        raise Refusal(f"{wrong}; give files that end in {', '.join(READERS)}")
+    return Source(re.sub(r"[^\w.-]+", "_", path.resolve().stem), files)
 
 
 def documents(files: Iterable[Path]) -> Iterator[str]:
@@ -549,13 +516,12 @@ def pack(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np
     """
     head = np.array([bos], np.uint16)
     waiting = []  # pieces, sorted by length
-
-    def cut() -> Iterator[np.ndarray]:
-        for ids in documents:
-            for i in range(0, len(ids), row_len - 1):
-                yield np.concatenate([head, ids[i : i + row_len - 1]])
-
-    pieces = cut()
+    step = row_len - 1
+    pieces = (
+        np.concatenate([head, ids[i : i + step]])
+        for ids in documents
+        for i in range(0, len(ids), step)
+    )
     while True:
         for piece in itertools.islice(pieces, WAITING - len(waiting)):
             bisect.insort(waiting, piece, key=len)
@@ -577,16 +543,13 @@ def pack(documents: Iterable[np.ndarray], row_len: int, bos: int) -> Iterator[np
 # Datasets on disk
 
 MIN_ROWS = {"train": 64, "val": 8}
-ROWS = {"unit": " rows", "unit_scale": True, "disable": None}  # for a progress bar
 
 
 def dataset_key(source: Source, scale_name: str) -> str:
     """Hash of all that determines a dataset: this file, the scale, and the text in its order."""
-    with ThreadPoolExecutor() as pool:
-        train = list(pool.map(file_hash, source.files))
-        val = list(pool.map(file_hash, source.val_files or []))
-    suffixes = [path.suffix for path in source.files]
-    parts = json.dumps([CODE_HASH, scale_name, suffixes, [train, val]])
+    train = [(path.suffix, file_hash(path)) for path in source.files]
+    val = [file_hash(path) for path in source.val_files]
+    parts = json.dumps([CODE_HASH, scale_name, train, val])
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -609,7 +572,8 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
         rows = pack(tokenize(tokenizer, texts), scale.seq_len + 1, tokenizer.bos)
         n_rows = 0
         with (aside / f"{split}.bin").open("wb") as file:
-            for row in tqdm(itertools.islice(rows, max_rows), desc=split, **ROWS):
+            rows = itertools.islice(rows, max_rows)
+            for row in progress_bar(rows, desc=split, unit=" rows"):
                 file.write(row)
                 n_rows += 1
         if n_rows < MIN_ROWS[split]:
@@ -619,6 +583,7 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
                 f"tokens, and {MIN_ROWS[split]} are needed; add text or take a smaller --scale"
             )
         meta[f"{split}_rows"] = n_rows
+        print(f"{split:<10} {n_rows:,} rows of {scale.seq_len} tokens")
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     os.rename(aside, folder)
 
@@ -629,13 +594,7 @@ def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> P
     A second process waits for the first. The next call mends what a killed process left.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(CACHE / "lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        print("waiting for another prepare.py")
-        held = lock.acquire()
-    with held:
+    with FileLock(CACHE / "lock"):
         source = find_source(source_name or default_source(scale_name), num_shards)
         key = dataset_key(source, scale_name)
         folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
@@ -794,47 +753,38 @@ class Judge:
     B: int  # rows of a batch; a compiled model sees one shape only
     tokenizer: Tokenizer
 
-    def logits(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, vocab_size) of inputs (B, T). Raises Refusal if they are anything else."""
-        watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
-        logits = self.model(inputs.clone().to(DEVICE))  # a copy, which the model may change
-        shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        expected = (*inputs.shape, self.tokenizer.get_vocab_size())
-        if shape != expected:
-            raise Refusal(f"model(inputs) must give logits {expected}, but it gives {shape}")
-        return logits
+    def score(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The cross-entropy (n, T) of targets (n, T) after inputs (n, T) in nats; 0 for BOS.
 
-    def nats(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The cross-entropy (N,) of targets (N,) in nats; 0 for BOS. Logits are (N, vocab_size)."""
-        nats, targets = [], targets.to(logits.device)
-        n = max(1, SLICE // logits.size(1))
-        for z, y in zip(logits.split(n), targets.split(n), strict=True):
-            z = z.float()
-            if not torch.stack(z.aminmax()).isfinite().all():
-                raise Refusal("the model gives logits that are not finite")
-            nats.append(F.cross_entropy(z, y, ignore_index=self.tokenizer.bos, reduction="none"))
-        return torch.cat(nats).cpu()
-
-    def score(self, rows: torch.Tensor) -> torch.Tensor:
-        """The nats (n, T) of all targets of rows (n, T + 1)."""
+        Raises Refusal if the model gives anything but finite logits (B, T, vocab_size).
+        """
         nats = []
-        for batch in rows.split(self.B):
-            logits = self.logits(batch[:, :-1])
-            nats.append(self.nats(logits.flatten(0, 1), batch[:, 1:].flatten()))
-        return torch.cat(nats).view(len(rows), -1)
+        expected = (self.B, inputs.size(1), self.tokenizer.get_vocab_size())
+        for x, y in zip(inputs.split(self.B), targets.split(self.B), strict=True):
+            watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
+            logits = self.model(x.clone().to(DEVICE))  # a copy, which the model may change
+            shape = tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+            if shape != expected:
+                raise Refusal(f"model(inputs) must give logits {expected}, but it gives {shape}")
+            if not torch.stack(logits.aminmax()).isfinite().all():
+                raise Refusal("the model gives logits that are not finite")
+            logits, y = logits.flatten(0, 1), y.flatten().to(logits.device)
+            n = max(1, SLICE // logits.size(1))
+            for z, target in zip(logits.split(n), y.split(n), strict=True):
+                bos = self.tokenizer.bos
+                nats.append(F.cross_entropy(z.float(), target, ignore_index=bos, reduction="none"))
+        return torch.cat(nats).view(targets.shape).cpu()
 
     def score_alone(self, rows: torch.Tensor, spots: torch.Tensor) -> torch.Tensor:
         """For each row (n, T + 1), the nats (n,) of the token after position spots (n,).
 
         The row keeps its tokens up to this position, and random ones follow.
         """
-        nats, each = [], torch.arange(self.B, device=rows.device)
-        for batch, spot in zip(rows.split(self.B), spots.split(self.B), strict=True):
-            later = torch.arange(batch.size(1), device=rows.device) > spot[:, None]
-            random = torch.randint_like(batch, self.tokenizer.get_vocab_size())
-            logits = self.logits(torch.where(later, random, batch)[:, :-1])
-            nats.append(self.nats(logits[each, spot], batch[each, spot + 1]))
-        return torch.cat(nats)
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        later = torch.arange(inputs.size(1)) > spots[:, None]
+        random = torch.randint_like(inputs, self.tokenizer.get_vocab_size())
+        nats = self.score(torch.where(later, random, inputs), targets)
+        return nats[torch.arange(len(rows)), spots]
 
     def judge(self, rows: np.ndarray, n_spots: int) -> torch.Tensor:
         """The nats (n, T) of all targets of rows (n, T + 1). Raises Refusal if they are not honest.
@@ -856,9 +806,9 @@ class Judge:
         first, second = slice(n_spots // 2), slice(n_spots // 2, None)
 
         before = self.score_alone(rows[row[first]], spot[first])
-        nats = self.score(rows)
+        nats = self.score(rows[:, :-1], rows[:, 1:])
         after = self.score_alone(rows[row[second]], spot[second])
-        again = self.score(rows[: self.B])
+        again = self.score(rows[: self.B, :-1], rows[: self.B, 1:])
         change = (again - nats[: self.B]).abs().max()
         if not change <= MAX_CHANGE:
             by = f"a score changes by {change:.2g} nats"
@@ -881,7 +831,7 @@ class Judge:
         spots = torch.full_like(batch[:, 0], batch.size(1) - 2)  # the last ones replace nothing
         spots[i] = spot
         for _ in range(2):  # twice, so that a model with a memory has the same past in both calls
-            kept = self.score(batch)[i, spot]
+            kept = self.score(batch[:, :-1], batch[:, 1:])[i, spot]
         replaced = [self.score_alone(batch, spots)[i] for _ in range(3)]
         is_later = max(abs(nats - kept) for nats in replaced) > 0.01 * change
         return "later tokens" if is_later else "other rows or earlier batches"
@@ -990,22 +940,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the dataset to train on.")
     parser.add_argument("--source", help="climbmix, tinystories, python, or a path to your text")
     parser.add_argument("--scale", choices=SCALES, default=default_scale())
-    parser.add_argument("--num-shards", type=int, help="shards of climbmix to train on")
     args = parser.parse_args()
-    if args.num_shards is None:
-        args.num_shards = SCALES[args.scale].shards
-    if not 1 <= args.num_shards <= CLIMBMIX_VAL_SHARD:
-        parser.error(f"--num-shards must be between 1 and {CLIMBMIX_VAL_SHARD}")
     try:
-        folder = make_dataset(args.source, args.scale, args.num_shards)
+        folder = make_dataset(args.source, args.scale, SCALES[args.scale].shards)
     except OSError as error:
         why = f"{error.filename or CACHE}: {error.strerror or error}"
         raise Refusal(f"{why}; AUTORESEARCH_CACHE can name another folder to write to") from None
     if DEVICE == "cuda" or args.scale != "small":
         fetch_attention_kernel()
-    meta = json.loads((folder / "meta.json").read_text())
-    for split in ("train", "val"):
-        print(f"{split:<10} {meta[f'{split}_rows']:,} rows of {SCALES[args.scale].seq_len} tokens")
     print(f"ready      {folder.name}; next: uv run train.py")
 
 

@@ -193,19 +193,11 @@ def night(tmp_path: Path) -> Night:
 # Setup
 
 
-def test_setup_is_silent_where_nothing_is_in_the_way(tmp_path):
+def test_setup_shows_what_is_in_the_way_and_nothing_else(tmp_path):
     night = Night(clone(tmp_path))
     night.git("config", "status.branch", "true")
-    for name in (".DS_Store", "notes.md", "model.pt"):
-        (night.folder / name).touch()
-    assert night.paste(CHECK + ":") == ""
-
-
-def test_setup_shows_what_is_in_the_way(tmp_path):
-    night = Night(clone(tmp_path))
     (night.folder / "prepare.py").write_text("def dataset(): print('no data yet')\n")
-    (night.folder / "new.py").touch()
-    night.paste("mkdir logs; touch results.tsv")
+    night.paste("mkdir logs; touch results.tsv new.py .DS_Store notes.md model.pt")
     shown = night.paste(CHECK).splitlines()
     assert shown == ["no data yet", "logs", "results.tsv", " M prepare.py", "?? new.py"]
 
@@ -215,22 +207,12 @@ def test_prepare_says_nothing_where_text_is_prepared(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("fault", ["identity", "hook"])
-def test_setup_makes_no_branch_where_git_cannot_commit(tmp_path, fault):
+def test_setup_makes_no_branch_where_git_cannot_commit(tmp_path):
     night = Night(clone(tmp_path))
-    first = BEGIN.splitlines()[0]
-    if fault == "identity":
-        nobody = {name: "" for name in GIT_ENV if name.startswith("GIT_COMMITTER_")}
-        assert "empty ident name" in night.paste(first, 128, **nobody)
-    else:
-        hook = night.folder / ".git" / "hooks" / "pre-commit"
-        hook.parent.mkdir(exist_ok=True)
-        hook.write_text("#!/bin/sh\necho the hook refuses >&2; exit 1\n")
-        hook.chmod(0o755)
-        assert "the hook refuses" in night.paste(first, 1)
-        hook.unlink()
+    nobody = {name: "" for name in GIT_ENV if name.startswith("GIT_COMMITTER_")}
+    assert "empty ident name" in night.paste(BEGIN.splitlines()[0], 128, **nobody)
     assert night.git("branch", "--list", "autoresearch/*") == ""
-    night.paste(BEGIN)  # the same block again, when the fault is mended
+    night.paste(BEGIN)  # the same block again, when git knows a name
     assert night.decide() == "keep"
     night.check_records()
 
@@ -256,13 +238,22 @@ def test_a_night_leaves_records_that_agree(tmp_path, kind, shell):
     night.check_records()
     runs = len(list((night.folder / "logs").iterdir()))
     assert runs == 2 + 2 + 2 + 1 + 1 + 2
+    assert len(night.paste(COMPARE).splitlines()) == 3
+    night.paste(TRAIN, STUB_DEVICE="Stub GPU, 40 GB")  # a log of another machine
+    assert len(night.paste(COMPARE).splitlines()) == 4
 
 
-def test_a_mended_crash_is_one_experiment(night):
+def test_a_mended_crash_and_a_disturbed_run_are_one_experiment(night):
     night.decide()
     night.commit(None)
     assert night.train(1) is None
-    night.commit(1.60, 1.61, command=AMEND)
+    night.commit(1.9, command=AMEND)
+    night.train(1)
+    night.paste(RENAME)
+    head = night.git("rev-parse", "--short", "HEAD")
+    logs = (night.folder / "logs").glob(f"{head}*")
+    assert [log.name for log in logs] == [f"{head}-1.disturbed"]
+    night.commit(1.60, 1.62, command=AMEND)  # as on a quiet machine
     assert night.decide() == "keep"
     night.check_records()
 
@@ -277,23 +268,6 @@ def test_what_the_human_writes_in_the_night_survives_a_discard(night):
     assert "three seeds, please" in (night.folder / "program.md").read_text()
     shown = night.paste(LOOK)
     assert "three seeds, please\n" in shown and shown.endswith(" M program.md\n?? analysis.ipynb\n")
-
-
-def test_a_disturbed_run_leaves_the_records(night):
-    night.decide()
-    night.commit(1.9, 1.62)
-    night.train(1)
-    night.paste(RENAME)
-    night.commit(1.60, 1.62, command=AMEND)  # as on a quiet machine
-    assert night.decide() == "keep"
-    night.check_records()
-
-
-def test_a_log_of_another_machine_shows(night):
-    night.decide()
-    assert len(night.paste(COMPARE).splitlines()) == 3
-    night.paste(TRAIN, STUB_DEVICE="Stub GPU, 40 GB")
-    assert len(night.paste(COMPARE).splitlines()) == 4
 
 
 # ---------------------------------------------------------------------------
