@@ -588,14 +588,15 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     os.rename(aside, folder)
 
 
-def make_dataset(source_name: str | None, scale_name: str, num_shards: int) -> Path:
+def make_dataset(source_name: str | None, scale_name: str) -> Path:
     """Make a dataset unless it is there, and select it for training. Returns its folder.
 
     A second process waits for the first. The next call mends what a killed process left.
     """
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
-        source = find_source(source_name or default_source(scale_name), num_shards)
+        name = source_name or default_source(scale_name)
+        source = find_source(name, SCALES[scale_name].shards)
         key = dataset_key(source, scale_name)
         folder = CACHE / f"{source.name}-{scale_name}-{key[:12]}"
         if not folder.exists():
@@ -942,7 +943,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default=default_scale())
     args = parser.parse_args()
     try:
-        folder = make_dataset(args.source, args.scale, SCALES[args.scale].shards)
+        folder = make_dataset(args.source, args.scale)
     except OSError as error:
         why = f"{error.filename or CACHE}: {error.strerror or error}"
         raise Refusal(f"{why}; AUTORESEARCH_CACHE can name another folder to write to") from None

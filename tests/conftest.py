@@ -126,7 +126,7 @@ def tiny_cache() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "CACHE", SCRATCH / "tiny")
         patch.setitem(prepare.SCALES, "tiny", TINY)
-        prepare.make_dataset(str(CORPUS), "tiny", 1)
+        prepare.make_dataset(str(CORPUS), "tiny")
     return SCRATCH / "tiny"
 
 

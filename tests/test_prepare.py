@@ -215,7 +215,7 @@ def test_bad_sources_end_in_one_sentence_and_leave_nothing(tmp_path, cache, file
         for name, data in files.items():
             (folder / name).write_bytes(data)
     with pytest.raises(Refusal) as stopped:
-        prepare.make_dataset(str(folder), "small", 1)
+        prepare.make_dataset(str(folder), "small")
     message = str(stopped.value)
     assert reason in message and "\n" not in message
     assert not (cache / "current").exists() and not list(cache.glob("source-*"))
@@ -236,16 +236,16 @@ def import_copy(path, source=None):
 def test_preparing_again_is_the_same_and_another_text_another(tmp_path, cache, monkeypatch):
     monkeypatch.setitem(prepare.SCALES, "tiny", TINY)
     (tmp_path / "a.txt").write_text("\n\n".join(TEXTS[:30]))
-    first = prepare.make_dataset(str(tmp_path / "a.txt"), "tiny", 1)
+    first = prepare.make_dataset(str(tmp_path / "a.txt"), "tiny")
     rows, stamp = (first / "train.bin").read_bytes(), (first / "meta.json").stat().st_mtime_ns
     moved = shutil.move(tmp_path / "a.txt", cache)
-    assert prepare.make_dataset(moved, "tiny", 1) == first
+    assert prepare.make_dataset(moved, "tiny") == first
     assert (first / "meta.json").stat().st_mtime_ns == stamp
     shutil.rmtree(first)
-    assert prepare.make_dataset(moved, "tiny", 1) == first
+    assert prepare.make_dataset(moved, "tiny") == first
     assert (first / "train.bin").read_bytes() == rows
     (cache / "a.txt").write_text("\n\n".join(TEXTS[:31]))
-    second = prepare.make_dataset(moved, "tiny", 1)
+    second = prepare.make_dataset(moved, "tiny")
     assert second != first and first.exists()
     assert (cache / "current").read_text() == second.name + "\n"
     assert prepare.dataset_key(prepare.find_source(moved, 1), "full")[:12] not in second.name
@@ -299,7 +299,7 @@ def test_a_second_prepare_waits_for_the_first(cache):
     cache.mkdir()
     with ThreadPoolExecutor() as pool:
         with filelock.FileLock(cache / "lock"):
-            second = pool.submit(prepare.make_dataset, "no/such/text", "small", 1)
+            second = pool.submit(prepare.make_dataset, "no/such/text", "small")
             with pytest.raises(TimeoutError):
                 second.result(timeout=0.2)
         with pytest.raises(Refusal, match="there is no `no/such/text`"):
@@ -317,7 +317,7 @@ def test_ctrl_c_leaves_nothing_that_a_rerun_does_not_mend(cache):
     _, errors = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and "Traceback" not in errors
     assert not (cache / "current").exists() and not list(cache.glob("corpus-*"))
-    folder = prepare.make_dataset(str(CORPUS), "small", 1)
+    folder = prepare.make_dataset(str(CORPUS), "small")
     assert [path.name for path in cache.glob("corpus-*")] == [folder.name]
     assert not (cache / "building").exists()
 
@@ -343,15 +343,17 @@ def fetched(cache):
     return {path.name: path.read_bytes() for path in cache.glob("downloads/*/*")}
 
 
-def test_climbmix_is_prepared_from_shards_with_the_last_one_for_validation(hub, cache):
-    one = prepare.make_dataset("climbmix", "small", 1)
+def test_climbmix_is_prepared_from_shards_with_the_last_one_for_validation(hub, cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(prepare.SCALES, "small", prepare.SCALES["small"]._replace(shards=1))
+        one = prepare.make_dataset("climbmix", "small")
     assert set(fetched(cache)) == {"shard_00000.parquet", VAL}
-    two = prepare.make_dataset("climbmix", "small", 2)
+    two = prepare.make_dataset("climbmix", "small")
     assert fetched(cache) == hub.files and one != two
     assert (one / "tokenizer.json").read_bytes() == (two / "tokenizer.json").read_bytes()
     assert (one / "val.bin").read_bytes() == (two / "val.bin").read_bytes()
     served = len(hub.requests)
-    assert prepare.make_dataset("climbmix", "small", 2) == two and len(hub.requests) == served
+    assert prepare.make_dataset("climbmix", "small") == two and len(hub.requests) == served
 
 
 def test_a_download_gets_past_all_passing_faults_and_resumes_what_is_good(hub, cache):
