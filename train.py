@@ -517,7 +517,7 @@ class MuonAdamW:
         """Begin anew, with all moments at zero."""
         self.adamw.state.clear()
         for group in self.muon:
-            group["momentum"] = group["variance"] = torch.zeros((), device=DEVICE)
+            group["momentum"] = group["variance"] = group["params"][0].new_zeros(())
 
     @torch.no_grad()
     def step(self) -> None:
