@@ -32,7 +32,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,17 +66,20 @@ def print_error(kind: type, error: BaseException, traceback) -> None:
 sys.excepthook = print_error  # Python then exits with 1
 
 
+COMPLAINT = r"^.*(?:\berror: |cannot find ).*[^:\n]$"  # of a compiler or a linker
+
+
 def reason(error: Exception) -> str:
     """The line of an error's message that says what went wrong, fit for a sentence.
 
-    That is the first complaint of a compiler or a linker, else the line below a quoted traceback,
-    else the first line. A line that ends in a colon only announces the next one.
+    A line that ends in a colon only announces the next one. Where the message quotes a traceback,
+    the line below its frames counts, and where it quotes a compiler, that one's first complaint.
     """
-    for sign in (r"\berror: |cannot find ", r"^[\w.]+Error: ", r"\S"):
-        for line in str(error).splitlines():
-            if re.search(sign, line) and not line.endswith(":"):
-                return line
-    return type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
+    quoted = quoted or re.findall(COMPLAINT, text, re.MULTILINE)[:1]
+    lines = quoted[-1:] or [line for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), lines[0])
 
 
 # ---------------------------------------------------------------------------
@@ -109,10 +112,11 @@ CODE_HASH = hashlib.sha256(ast.dump(ast.parse(Path(__file__).read_bytes())).enco
 
 def pick_device() -> str:
     """The training device: "cuda", "mps" or "cpu". Raises Refusal if torch cannot use the GPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    listed = any(Path("/dev").glob("nvidia[0-9]*"))
-    listed = listed or "GPU 0" in subprocess.getoutput("nvidia-smi -L")  # WSL has no such files
-    if torch.cuda.is_available() or (listed and not hidden):
+    present = torch.cuda.is_available()
+    if not present and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        present = any(Path("/dev").glob("nvidia[0-9]*"))
+        present = present or "GPU 0" in subprocess.getoutput("nvidia-smi -L")  # as in WSL
+    if present:
         try:
             torch.ones(1, device="cuda").add(1).item()  # fails for old drivers and old GPUs alike
         except (RuntimeError, AssertionError) as error:
@@ -164,8 +168,13 @@ def dataset() -> tuple[Path, dict]:
     """The folder and meta.json of the dataset to train on. Raises Refusal if it cannot be used."""
     if DATASET is None:
         raise Refusal("no data yet; run `uv run prepare.py` (`--source python` needs no network)")
-    if DATASET[1]["code"] != CODE_HASH:
+    folder, meta = DATASET
+    if meta.get("code") != CODE_HASH:
         raise Refusal("another prepare.py or Python prepared the data; run `uv run prepare.py`")
+    for split in ("train", "val"):
+        path, size = folder / f"{split}.bin", 2 * meta[f"{split}_rows"] * (MAX_SEQ_LEN + 1)
+        if not path.exists() or path.stat().st_size != size:
+            raise Refusal(f"{path} is damaged; delete its folder and run `uv run prepare.py`")
     return DATASET
 
 
@@ -176,6 +185,7 @@ HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 if "://" not in HUB:
     HUB = f"https://{HUB}"
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
+CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
 RETRY_PAUSES = (1, 2, 4, 8, 16, 32)  # seconds between tries
 # What time does not mend: a wrong proxy, a certificate that is not trusted, or a wrong address.
@@ -219,7 +229,8 @@ def download(url: str, part: Path) -> None:
         # The hub announces size and sha256 before it redirects to its storage.
         hops = (*response.history, response)
         hub = next((hop.headers for hop in hops if "X-Linked-Etag" in hop.headers), {})
-        size = int(hub.get("X-Linked-Size", 0))  # 0 where nobody says it
+        rest = int(response.headers.get("Content-Length", 0))
+        size = int(hub.get("X-Linked-Size", have + rest if rest else 0))  # 0 where nobody says it
         sha256 = hub.get("X-Linked-Etag", "").strip('W/"')
         bar = progress_bar(desc=part.stem, initial=have, total=size, unit="B")
         with part.open("ab") as file, bar:
@@ -230,7 +241,7 @@ def download(url: str, part: Path) -> None:
     got = part.stat().st_size
     if got < size:
         raise requests.ConnectionError(f"{got:,} bytes arrived of {size:,}")
-    if (size and got > size) or (sha256 and file_hash(part) != sha256):
+    if (size and got > size) or (len(sha256) == 64 and file_hash(part) != sha256):
         raise ValueError("its size or sha256 is not the one that was announced")
     pq.ParquetFile(part)
 
@@ -345,8 +356,8 @@ class Source(NamedTuple):
     val_files: Iterable[Path] = ()  # without any, a part of `files` validates
 
 
-def find_files(roots: set[Path], suffixes: Container[str]) -> list[Path]:
-    """The files with such suffixes among and below some paths, by the hash of their names.
+def find_files(roots: set[Path]) -> list[Path]:
+    """The files among and below some paths, by the hash of their names.
 
     In this order the first files are a fair sample of all.
     """
@@ -354,14 +365,14 @@ def find_files(roots: set[Path], suffixes: Container[str]) -> list[Path]:
     for root in roots:
         for folder, _, names in os.walk(root, followlinks=True):
             found.update(Path(folder, name) for name in names)
-    files = [path for path in found if path.suffix.lower() in suffixes and path.is_file()]
+    files = (path for path in found if path.is_file())
     return sorted(files, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
 
 
 def find_source(source: str, num_shards: int) -> Source:
     """The files of a source, downloaded if need be. Raises Refusal if there are none."""
     if source == "climbmix":
-        shards = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), 6542)]
+        shards = [f"shard_{i:05d}.parquet" for i in (*range(num_shards), CLIMBMIX_VAL_SHARD)]
         with ThreadPoolExecutor(8) as pool:  # if one fails, those under way complete
             *train, val = pool.map(functools.partial(fetch, CLIMBMIX), shards)
         return Source(source, train, [val])
@@ -370,17 +381,18 @@ def find_source(source: str, num_shards: int) -> Source:
     if source == "python":
         names = ("stdlib", "purelib", "platlib")
         library, *packages = (Path(sysconfig.get_path(name)).resolve() for name in names)
-        found = find_files({library, *packages}, {".py"})
+        found = [file for file in find_files({library, *packages}) if file.suffix == ".py"]
         others = {library / "site-packages"} - set(packages)  # of another environment
         return Source(source, [file for file in found if not others & set(file.parents)])
     path = Path(source).expanduser()
     if not path.exists():
         raise Refusal(f"there is no `{source}`; name climbmix, tinystories, python or a path")
-    files = find_files({path}, READERS)
+    found = find_files({path})
+    files = [file for file in found if file.suffix.lower() in READERS]
     if not files:
-        seen = {file.suffix for _, _, names in os.walk(path) for file in map(Path, names)}
-        wrong = f"{path} holds no text ({', '.join(sorted(seen)) or 'nothing'})"
-        raise Refusal(f"{wrong}; give files that end in {', '.join(READERS)}")
+        seen = ", ".join(sorted({file.suffix for file in found if file.suffix})) or "nothing"
+        readable = ", ".join(READERS)
+        raise Refusal(f"{path} holds no text ({seen}); give files that end in {readable}")
     return Source(re.sub(r"[^\w.-]+", "_", path.resolve().stem), files)
 
 
@@ -759,7 +771,7 @@ class Judge:
 
         Raises Refusal if the model gives anything but finite logits (B, T, vocab_size).
         """
-        nats = []
+        nats, bos = [], self.tokenizer.bos
         expected = (self.B, inputs.size(1), self.tokenizer.get_vocab_size())
         for x, y in zip(inputs.split(self.B), targets.split(self.B), strict=True):
             watch(HANG_SECONDS)  # anew for every batch: slow is not stuck
@@ -772,7 +784,6 @@ class Judge:
             logits, y = logits.flatten(0, 1), y.flatten().to(logits.device)
             n = max(1, SLICE // logits.size(1))
             for z, target in zip(logits.split(n), y.split(n), strict=True):
-                bos = self.tokenizer.bos
                 nats.append(F.cross_entropy(z.float(), target, ignore_index=bos, reduction="none"))
         return torch.cat(nats).view(targets.shape).cpu()
 

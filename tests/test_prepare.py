@@ -195,6 +195,7 @@ def test_words_of_any_length_are_tokenised_in_linear_time():
 BAD_SOURCES = {
     "no such path": (None, "there is no"),
     "empty folder": ({}, "holds no text"),
+    "wrong suffix": ({"a.csv": b"x", "b": b"y"}, "holds no text (.csv)"),
     "no column text": ({"a.parquet": parquet(body=["x"])}, "`text`"),
     "numbers as text": ({"a.parquet": parquet(text=[1])}, "`text`"),
     "half a parquet": ({"a.parquet": parquet(text=["x"])[:-9]}, "is no parquet"),
@@ -327,6 +328,9 @@ def test_data_that_cannot_be_used_is_refused_before_the_clock_starts(tiny, cache
         patch.setattr(prepare, "CODE_HASH", "edited")
         with pytest.raises(Refusal, match="another prepare.py or Python prepared the data"):
             loader_of(2)
+    (tiny / "train.bin").write_bytes((tiny / "train.bin").read_bytes()[:-2])
+    with pytest.raises(Refusal, match="damaged"):
+        loader_of(2)
     (cache / "current").unlink()
     monkeypatch.setattr(prepare, "DATASET", prepare.find_dataset())
     with pytest.raises(Refusal, match="no data yet; run `uv run prepare.py`"):
