@@ -356,16 +356,18 @@ class Source(NamedTuple):
     val_files: Iterable[Path] = ()  # without any, a part of `files` validates
 
 
-def find_files(roots: set[Path]) -> list[Path]:
-    """The files among and below some paths, by the hash of their names.
-
-    In this order the first files are a fair sample of all.
-    """
+def walk(roots: Iterable[Path]) -> set[Path]:
+    """These paths, and all files below them."""
     found = set(roots)
     for root in roots:
         for folder, _, names in os.walk(root, followlinks=True):
             found.update(Path(folder, name) for name in names)
-    files = (path for path in found if path.is_file())
+    return found
+
+
+def in_mixed_order(paths: Iterable[Path]) -> list[Path]:
+    """The files by the hash of their names, so that the first ones are a fair sample of all."""
+    files = (path for path in paths if path.is_file())
     return sorted(files, key=lambda path: (hashlib.sha256(os.fsencode(path.name)).digest(), path))
 
 
@@ -381,14 +383,15 @@ def find_source(source: str, num_shards: int) -> Source:
     if source == "python":
         names = ("stdlib", "purelib", "platlib")
         library, *packages = (Path(sysconfig.get_path(name)).resolve() for name in names)
-        found = [file for file in find_files({library, *packages}) if file.suffix == ".py"]
+        found = (path for path in walk({library, *packages}) if path.suffix == ".py")
         others = {library / "site-packages"} - set(packages)  # of another environment
-        return Source(source, [file for file in found if not others & set(file.parents)])
+        files = in_mixed_order(path for path in found if not others & set(path.parents))
+        return Source(source, files)
     path = Path(source).expanduser()
     if not path.exists():
         raise Refusal(f"there is no `{source}`; name climbmix, tinystories, python or a path")
-    found = find_files({path})
-    files = [file for file in found if file.suffix.lower() in READERS]
+    found = walk({path})
+    files = in_mixed_order(file for file in found if file.suffix.lower() in READERS)
     if not files:
         seen = ", ".join(sorted({file.suffix for file in found if file.suffix})) or "nothing"
         readable = ", ".join(READERS)
