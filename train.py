@@ -47,6 +47,7 @@ if os.access(prepare.CACHE, os.W_OK):  # compiled code outlives a reboot there
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(prepare.CACHE / "compiled"))
 
 import torch
+import torch._inductor.cpp_builder
 import torch._inductor.cpu_vec_isa
 import torch.nn.functional as F
 from torch import nn
@@ -127,6 +128,10 @@ except (OSError, ValueError):
 # imports torch. But torch.cpu has told already what the processor knows, so nothing is left to
 # load: 4 s less in every start.
 torch._inductor.cpu_vec_isa.VecISA._avx_py_load = ""
+# gcc 11 and 12 vectorise straight-line code wrongly where inductor transposes a tile of bfloat16: on
+# a Xeon with AVX-512 the gradients of the keys were NaN.
+CPP_FLAGS = torch._inductor.cpp_builder._get_ffast_math_flags()
+torch._inductor.cpp_builder._get_ffast_math_flags = lambda: [*CPP_FLAGS, "fno-tree-slp-vectorize"]
 if DEVICE == "cpu" and sys.platform == "linux":
     # Freed memory stays for the next step: 6% more steps, and an evaluation of 14 s in place of 18.
     libc = ctypes.CDLL(None)
@@ -820,9 +825,10 @@ def main() -> None:
         model = GPT(config, attend)
     optimizer = MuonAdamW(model.param_groups())
     if compiled:
-        # A Python number in them that changes during training compiles again, on the clock.
-        model.trunk = torch.compile(model.trunk, dynamic=False)
-        model.head = torch.compile(model.head, dynamic=False)
+        # A Python number in them that changes during training compiles again, on the clock. They
+        # are compiled on the class, because a copy of a model would keep the model's own methods.
+        GPT.trunk = torch.compile(GPT.trunk, dynamic=False)
+        GPT.head = torch.compile(GPT.head, dynamic=False)
     print(f"starting on {device_name}, {attention}, {COMPUTE_DTYPE}, {asdict(config)}")
     print("compiling and checking the model")
     B = fit_batch(model, optimizer, tokenizer)

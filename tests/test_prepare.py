@@ -114,8 +114,7 @@ def test_packing_is_best_fit_and_loses_no_text_but_the_last_row(monkeypatch, row
 def split(source):
     """The documents of a source that train, and those that validate, in the order of packing."""
     found = prepare.find_source(str(source), 1)
-    trains, val = prepare.split_source(found)
-    return list(itertools.compress(prepare.documents(found.files), trains)), val
+    return list(prepare.training_texts(found)), list(prepare.validation_texts(found, 10**9))
 
 
 def test_no_validation_document_occurs_in_training(tiny):
@@ -128,24 +127,48 @@ def test_no_validation_document_occurs_in_training(tiny):
     assert len(rows) > 10 and len(prepare.load_rows("val")) == 40
 
 
-def test_the_split_depends_on_the_texts_alone(tmp_path):
-    texts = [f"document {i}\n" * (5 + i % 7) for i in range(300)]
+def test_the_split_depends_on_the_words_alone(tmp_path):
+    texts = [f"document {i}\nof {i % 7} words" for i in range(2000)]
     one, two, three = (tmp_path / name for name in ("one", "two", "three"))
     for folder in (one, two, three):
         folder.mkdir()
     pq.write_table(pa.table({"text": texts}), one / "all.parquet")
     train, val = split(one)
-    assert len(train) == 285 and len(val) == 15  # 5% of 300
-    assert set(train) | set(val) == set(texts)
+    assert 80 < len(val) < 120 and sorted(train + val) == sorted(texts)  # 5% of 2,000
 
-    for i, text in enumerate(reversed(texts + texts[:50])):  # 50 documents occur twice
-        (two / f"{i:03d}.txt").write_text(text)
+    # Copies with other white space are copies, from wherever they come.
+    pq.write_table(pa.table({"text": texts[::-1]}), two / "reversed.parquet")
+    copies = [text.replace("\n", "\r\n") + "\n" for text in texts]
+    pq.write_table(pa.table({"text": copies}), two / "windows.parquet")
+    for i, text in enumerate(texts[:50] + val[:9]):
+        (two / f"{i:03d}.txt").write_text(f"\n{text}  \n\n")
     train_of_two, val_of_two = split(two)
-    assert sorted(train_of_two) == sorted(train) and val_of_two == val
+    words = [[" ".join(text.split()) for text in side] for side in (train, val)]
+    words_of_two = [[" ".join(text.split()) for text in side] for side in (train_of_two, val_of_two)]
+    assert sorted(words_of_two[0]) == sorted(words[0]) and words_of_two[1] == words[1]
 
-    # A third of the documents validates on the first ones of the same.
-    pq.write_table(pa.table({"text": sorted(val + train[:85])}), three / "fewer.parquet")
-    assert split(three)[1] == val[:5]
+    # Other documents around a document do not move it to the other side.
+    pq.write_table(pa.table({"text": sorted(val[5:] + train[:85])}), three / "fewer.parquet")
+    assert split(three) == (sorted(train[:85]), val[5:])
+
+
+def test_a_file_that_changes_while_it_is_read_moves_no_text_to_the_other_side(tmp_path):
+    path = tmp_path / "stories.jsonl"
+    texts = [f"story {i}" for i in range(1000)]
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+    source = prepare.find_source(str(path), 1)
+    val = list(prepare.validation_texts(source, 10**9))
+    path.write_text("".join(f'{{"text": "{text}"}}\n' for text in ["new", *texts[3:]]))
+    assert not set(val) & set(prepare.training_texts(source)) and len(val) > 20
+
+
+def test_validation_takes_the_lowest_hashes_that_have_room(tmp_path):
+    pq.write_table(pa.table({"text": [f"text {i:04d}" for i in range(2000)]}), tmp_path / "a.parquet")
+    source = prepare.find_source(str(tmp_path), 1)
+    everything = list(prepare.validation_texts(source, 10**9))
+    assert [*map(prepare.hash_text, everything)] == sorted(map(prepare.hash_text, everything))
+    assert list(prepare.validation_texts(source, 9 * 20)) == everything[:20]  # of 9 characters
+    assert list(prepare.validation_texts(source, 1)) == everything[:1]
 
 
 def test_documents_of_every_format(tmp_path):
@@ -276,8 +299,8 @@ def test_layout_and_comments_of_prepare_py_invalidate_nothing(tmp_path):
     source = (ROOT / "prepare.py").read_bytes()
     for old, new, same in (
         (b"\n", b"\r\n", True),
-        (b"\nVAL_FRACTION", b"\n# a comment\n\nVAL_FRACTION", True),
-        (b"VAL_FRACTION = 0.05", b"VAL_FRACTION = 0.06", False),
+        (b"\nVAL_HASHES", b"\n# a comment\n\nVAL_HASHES", True),
+        (b"VAL_HASHES = 2**64 // 20", b"VAL_HASHES = 2**64 // 19", False),
     ):
         assert old in source
         copy = import_copy(tmp_path / "prepare.py", source.replace(old, new))
@@ -591,18 +614,42 @@ def test_the_clock_starts_when_training_rows_are_first_read(tiny, passing, read)
     assert clock.elapsed() == 1075 and clock.progress() == 1
 
 
-def test_batches_and_evaluation_end_when_the_step_under_way_can_be_over(tiny, passing):
-    loader = loader_of(2)
+@pytest.mark.parametrize("accum", [1, 3])
+def test_the_step_under_way_gets_its_batches_and_no_other_step_does(tiny, passing, accum):
+    loader, clock = loader_of(2), prepare.clock
     next(loader)
+    for _ in range(2):
+        assert clock.progress() < 1
+        for _ in range(accum):
+            next(loader)
+    assert clock.progress() < 1
+    passing(300.5)  # a step begins in time, and its batches come late
+    for _ in range(accum):
+        next(loader)
+    assert clock.elapsed() > 300
+    with pytest.raises(Refusal, match=r"are over, .* end the loop when it is 1; the first batch"):
+        next(loader)
+
+
+def test_a_loop_with_a_limit_of_its_own_gains_one_step(tiny, passing):
+    loader, steps = loader_of(2), 0
+    next(loader)
+    with pytest.raises(Refusal, match="are over"):
+        while prepare.clock.elapsed() < 308:
+            next(loader)
+            steps += 1
+            passing(0.5)
+    assert steps == 300 / 0.5 + 1 + 1  # one at 300.0 s, which is no more than the budget
+
+
+def test_an_evaluation_has_patience_with_a_slow_last_step(tiny, passing):
+    next(loader_of(2))
     passing(308.9)
-    next(loader)
     evaluate(Toy())
     assert prepare.run.result["training_seconds"] == "308.9"
     prepare.run.evaluated = False  # as if the training went on
     passing(0.2)
-    with pytest.raises(Refusal, match=r"clock.progress\(\) is 1; the first batch"):
-        next(loader)
-    with pytest.raises(Refusal, match=r"took 309\.1 s of a budget of 300 s"):
+    with pytest.raises(Refusal, match=r"took 309\.1 s of a budget of 300 s; read the clock before"):
         evaluate(Toy())
 
 
