@@ -67,20 +67,12 @@ def print_error(kind: type, error: BaseException, traceback) -> None:
 sys.excepthook = print_error  # Python then exits with 1
 
 
-COMPLAINT = r"^.*(?:\berror: |cannot find ).*[^:\n]$"  # of a compiler or a linker
-
-
 def reason(error: Exception) -> str:
-    """The line of an error's message that says what went wrong, fit for a sentence.
-
-    A line that ends in a colon only announces the next one. Where the message quotes a traceback,
-    the line below its frames counts, and where it quotes a compiler, that one's first complaint.
-    """
-    text = str(error).strip() or type(error).__name__
-    quoted = re.findall(r"^Traceback .*\n(?:[ \t].*\n|\n)+(\S.*)", text, re.MULTILINE)
-    quoted = quoted or re.findall(COMPLAINT, text, re.MULTILINE)[:1]
-    lines = quoted[-1:] or [line for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if not line.endswith(":")), lines[0])
+    """The line of an error's message, or of what it quotes, that says what went wrong."""
+    lines = [line for line in str(error).splitlines() if line.strip() and line[-1] != ":"]
+    telling = (r"\berror: |cannot find ", r"^[\w.]+Error: ", "")
+    found = (line for pattern in telling for line in lines if re.search(pattern, line))
+    return next(found, type(error).__name__).strip()
 
 
 # ---------------------------------------------------------------------------
@@ -123,8 +115,7 @@ def pick_device() -> str:
         except (RuntimeError, AssertionError) as error:
             raise Refusal(
                 f"torch {torch.__version__} cannot use the NVIDIA GPU here ({reason(error)}); "
-                "update the NVIDIA driver, or see the README's errors if you cannot; "
-                "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+                "update its driver, or see the README's errors; CUDA_VISIBLE_DEVICES= takes the CPU"
             ) from None
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
@@ -162,7 +153,6 @@ TIME_BUDGET = from_environment("AUTORESEARCH_BUDGET", 300, float, 1, 86_400)  # 
 DATASET = find_dataset()
 SCALE = DATASET[1]["scale"] if DATASET else default_scale()
 MAX_SEQ_LEN = SCALES[SCALE].seq_len
-EVAL_TOKENS = SCALES[SCALE].eval_rows * MAX_SEQ_LEN  # validation targets at most
 
 
 def dataset() -> tuple[Path, dict]:
@@ -183,8 +173,7 @@ def dataset() -> tuple[Path, dict]:
 # Download
 
 HUB = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-if "://" not in HUB:
-    HUB = f"https://{HUB}"
+HUB = HUB if "://" in HUB else f"https://{HUB}"
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"  # shards 0 to 6542; the last one is for validation
 CLIMBMIX_VAL_SHARD = 6542
 TINYSTORIES = "karpathy/tinystories-gpt4-clean"
@@ -214,8 +203,7 @@ def sign(request: requests.PreparedRequest) -> requests.PreparedRequest:
 def download(url: str, part: Path) -> None:
     """Append to the file `part` what it lacks of a parquet file, and check the whole.
 
-    Raises one of requests' errors where another try can go on from the part, and ValueError or one
-    of pyarrow's errors where the part is wrong.
+    Raises one of requests' errors where another try can go on, and others where the part is wrong.
     """
     # Ask for the last byte again: a range that begins beyond the end would be an error.
     have = max(0, part.stat().st_size - 1) if part.exists() else 0
@@ -395,8 +383,7 @@ def find_source(source: str, num_shards: int) -> Source:
     files = in_mixed_order(file for file in found if file.suffix.lower() in READERS)
     if not files:
         seen = ", ".join(sorted({file.suffix for file in found if file.suffix})) or "nothing"
-        readable = ", ".join(READERS)
-        raise Refusal(f"{path} holds no text ({seen}); give files that end in {readable}")
+        raise Refusal(f"{path} holds no text ({seen}); give files that end in {', '.join(READERS)}")
     return Source(re.sub(r"[^\w.-]+", "_", path.resolve().stem), files)
 
 
@@ -409,47 +396,33 @@ def documents(files: Iterable[Path]) -> Iterator[str]:
 
 
 def hash_text(text: str) -> int:
-    """64 bits of a hash of a text. White space counts only as the end of a word."""
+    """64 bits of a hash of the words of a text, whatever white space is between them."""
     words = " ".join(text.split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big")
 
 
-def side(source: Source, validates: bool) -> Iterator[tuple[int, str]]:
-    """Hash and text of the documents on one side of the split, without copies, in order.
-
-    The text alone decides where a document belongs, and not its file or its place in it.
-    """
+def split_documents(source: Source, validates: bool) -> Iterator[str]:
+    """The documents that validate, or those that train. Only in climbmix are there copies."""
+    if source.val_files:
+        yield from documents(source.val_files if validates else source.files)
+        return
     seen = set()
     for text in documents(source.files):
-        text_hash = hash_text(text)
-        if (text_hash < VAL_HASHES) == validates and text_hash not in seen:
-            seen.add(text_hash)
-            yield text_hash, text
+        key = hash_text(text)  # which alone decides, so that no file and no place matters
+        if (key < VAL_HASHES) == validates and key not in seen:
+            seen.add(key)
+            yield text
 
 
-def training_texts(source: Source) -> Iterator[str]:
-    """The documents that train."""
-    if source.val_files:
-        return documents(source.files)
-    return (text for _, text in side(source, validates=False))
-
-
-def validation_texts(source: Source, limit: int) -> Iterator[str]:
-    """The documents that validate. Of many it takes those with the lowest hashes.
-
-    They have `limit` characters at most, unless a single document has more.
-    """
-    if source.val_files:
-        yield from documents(source.val_files)
-        return
+def lowest_hashes(texts: Iterable[str], limit: int) -> list[str]:
+    """The texts with the lowest hashes: as many as `limit` characters hold, or one."""
     lowest = []  # a heap with the highest hash at its top
-    for text_hash, text in side(source, validates=True):
-        heapq.heappush(lowest, (-text_hash, text))
+    for text in texts:
+        heapq.heappush(lowest, (-hash_text(text), text))
         limit -= len(text)
         while limit < 0 and len(lowest) > 1:
-            _, dropped = heapq.heappop(lowest)
-            limit += len(dropped)
-    yield from (text for _, text in sorted(lowest, reverse=True))
+            limit += len(heapq.heappop(lowest)[1])
+    return [text for _, text in sorted(lowest, reverse=True)]
 
 
 # ---------------------------------------------------------------------------
@@ -525,8 +498,7 @@ def head_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
     """The first texts, as many as it takes to reach `limit` bytes of UTF-8."""
     for text in texts:
         yield text
-        limit -= len(text.encode())
-        if limit <= 0:
+        if (limit := limit - len(text.encode())) <= 0:
             return
 
 
@@ -600,15 +572,16 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
     aside = folder.with_name("building")
     shutil.rmtree(aside, ignore_errors=True)  # what a killed process left
     aside.mkdir()
-    texts = head_bytes(training_texts(source), TOKENIZER_BYTES)
+    texts = head_bytes(split_documents(source, validates=False), TOKENIZER_BYTES)
     tokenizer = Tokenizer.train(texts, scale.vocab_size)
     tokenizer.bpe.save(str(aside / "tokenizer.json"))
     print(f"tokenizer  {tokenizer.get_vocab_size():,} tokens")
 
     meta = {"source": source.name, "scale": scale_name, "key": key, "code": CODE_HASH}
-    val = validation_texts(source, VAL_CHARACTERS * scale.eval_rows * scale.seq_len)
-    splits = (("train", training_texts(source), None), ("val", val, scale.eval_rows))
-    for split, texts, max_rows in splits:
+    train = split_documents(source, validates=False)
+    limit = VAL_CHARACTERS * scale.eval_rows * scale.seq_len
+    val = lowest_hashes(split_documents(source, validates=True), limit)
+    for split, texts, max_rows in (("train", train, None), ("val", val, scale.eval_rows)):
         rows = pack(tokenize(tokenizer, texts), scale.seq_len + 1, tokenizer.bos)
         n_rows = 0
         with (aside / f"{split}.bin").open("wb") as file:
@@ -629,10 +602,7 @@ def build(folder: Path, source: Source, scale_name: str, key: str) -> None:
 
 
 def make_dataset(source_name: str | None, scale_name: str) -> Path:
-    """Make a dataset unless it is there, and select it for training. Returns its folder.
-
-    A second process waits for the first. The next call mends what a killed process left.
-    """
+    """Make a dataset unless it is there, and select it for training. Returns its folder."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / "lock"):
         name = source_name or default_source(scale_name)
@@ -681,9 +651,8 @@ class Clock:
     """Counts from the moment at which training rows are first read, and excludes nothing."""
 
     def elapsed(self) -> float:
-        """Seconds since then; 0 before. A training loop reads this, or progress, at every step."""
-        run.step_batches = max(run.step_batches, run.new_batches)
-        run.new_batches = 0
+        """Seconds since then; 0 before. A loop reads this, or progress, before every step."""
+        run.step_batches, run.new_batches = max(run.step_batches, run.new_batches), 0
         return 0.0 if run.start is None else monotonic() - run.start
 
     def progress(self) -> float:
@@ -737,15 +706,12 @@ def batches(B: int, T: int) -> Iterator:
         run.late_batches += monotonic() - run.start > TIME_BUDGET
         if run.late_batches > run.step_batches:  # more than the step under way can need
             raise Refusal(
-                f"the {TIME_BUDGET:g} s of training are over, so the loader gives no more batches; "
-                "read prepare.clock.progress() at every step, and end the loop when it is 1; the "
-                "first batch starts that clock, so compile before it, on random tokens"
+                f"the {TIME_BUDGET:g} s of training are over: end the loop when clock.progress() "
+                "is 1; the first batch starts the clock, so compile before it, on random tokens"
             )
         run.tokens += B * T
-        drawn = list(itertools.islice(order, B * T // MAX_SEQ_LEN))
-        numbers = [number for _, number in drawn]
-        epoch = drawn[-1][0]
-        batch = torch.from_numpy(rows[numbers].astype(np.int64))  # (rows, MAX_SEQ_LEN + 1)
+        epochs, numbers = zip(*itertools.islice(order, B * T // MAX_SEQ_LEN), strict=True)
+        batch = torch.from_numpy(rows[list(numbers)].astype(np.int64))  # (rows, MAX_SEQ_LEN + 1)
         if copied:
             batch = batch.pin_memory()  # PyTorch does not reuse this memory before it is copied
             copied[turn % 2].synchronize()  # the host is at most two batches ahead of the GPU
@@ -753,16 +719,15 @@ def batches(B: int, T: int) -> Iterator:
         if copied:
             copied[turn % 2].record()
         inputs, targets = batch[:, :-1].clone(), batch[:, 1:].clone()
-        yield inputs.view(B, T), targets.view(B, T), epoch
+        yield inputs.view(B, T), targets.view(B, T), epochs[-1]
 
 
 def make_dataloader(tokenizer: Tokenizer, B: int, T: int, split: str = "train") -> Iterator:
-    """Endless batches of training rows: (inputs, targets, epoch).
+    """Endless batches of training rows: (inputs, targets, epoch). The first one starts the clock.
 
     Inputs and targets are int64 (B, T) on the training device, targets one token ahead. A T below
-    MAX_SEQ_LEN cuts each row into pieces. The epoch is that of the last row, counted from 1. The
-    first batch starts the clock. A second loader goes on where the first one is. The tokenizer has
-    no effect, because the rows are tokenised already.
+    MAX_SEQ_LEN cuts each row into pieces. The epoch is that of the last row, counted from 1. A
+    second loader goes on where the first one is. The tokenizer has no effect.
     """
     if split != "train":
         raise Refusal("the loader gives training rows only; evaluate_bpb reads the others itself")
@@ -782,9 +747,9 @@ SPOTS = 1024  # rows that an evaluation scores alone, at least
 # Rounding, too, changes a score when other tokens change, by up to 0.3 nats where activations are
 # in FP8. But it does so by chance, and what a leak gains shows in the mean.
 MAX_MEAN_CHANGE = 1e-4  # nats, or four standard errors if these are more
-MAX_CHANGE = 0.25  # nats, of a single score, and of all as their root mean square
-SUSPECTS = 8  # single scores that change most, of which each gets a closer look
-COPIES = 16  # of its row, for that look
+MAX_CHANGE = 0.25  # nats, of a single score on average, and of all as a root mean square
+SUSPECTS = 8  # single scores that are looked at more closely: those that change most
+COPIES = 16  # of the row of a suspect
 CHECK_BATCHES = 4  # validation batches that check_model looks at
 NOISE = 0.1  # standard deviation of what check_model adds; at 0.02 leaks hardly showed
 
@@ -793,10 +758,8 @@ NOISE = 0.1  # standard deviation of what check_model adds; at 0.02 leaks hardly
 class Judge:
     """Scores tokens by a model, and refuses a model that uses more than a token's own past.
 
-    By mistake a model may use later tokens, other rows or earlier batches: through a wrong mask, a
-    mean over time, a norm over the batch, a buffer. Then it predicts what it has seen, and its
-    score is worth nothing. One question finds all of these: does a token get the same score when
-    everything but its own past is replaced?
+    A wrong mask, a mean over time, a norm over the batch or a buffer may show it what comes later.
+    One question finds them: does a token keep its score when all but its own past is replaced?
     """
 
     model: nn.Module
@@ -832,11 +795,8 @@ class Judge:
         return self.score(torch.where(later, random, inputs), targets)
 
     def gain_from_later(self, row: torch.Tensor, spot: int) -> float:
-        """How many nats the tokens after a spot of a row (T + 1,) save the token at the spot.
-
-        A batch holds the row as it is beside copies that go on at random, so all are rounded alike.
-        """
-        n = self.B * math.ceil(COPIES / self.B)
+        """The nats that the tokens after a spot of a row (T + 1,) save the token at the spot."""
+        n = self.B * math.ceil(COPIES / self.B)  # whole rows and random ones, rounded alike
         is_whole = torch.arange(n) % 2 == 0
         spots = torch.where(is_whole, len(row), spot)  # nothing is replaced after the end
         nats = self.score_alone(row.expand(n, -1), spots)[:, spot]
@@ -846,11 +806,10 @@ class Judge:
         """The nats (n, T) of all targets of rows (n, T + 1). Raises Refusal if they are not honest.
 
         A spot is a random row and a position in it; together the spots cover all positions. Its row
-        is scored alone: random tokens follow the spot, and the other rows of the batch come from
-        elsewhere. Every token up to the spot must keep the score that it has in the pass over all
-        rows, which gives the nats. A look-ahead by one token shows only at the spot, and a mean
-        over the row shows a little everywhere. Half of the spots are scored before the pass and
-        half after it, so that a memory that grows does not cancel.
+        is scored alone: random tokens follow the spot, and other rows surround it. Every token up
+        to the spot must keep the score of the pass over all rows, which gives the nats: a mean over
+        the row shows a little everywhere, and a look-ahead by one token only at the spot. Half of
+        the spots come before the pass and half after it: in their sum a memory that grows cancels.
         """
         training = self.model.training
         self.model.eval()
@@ -866,7 +825,7 @@ class Judge:
         nats = self.score(rows[:, :-1], rows[:, 1:])
         after = self.score_alone(rows[row[half:]], spot[half:])
         again = self.score(rows[: self.B, :-1], rows[: self.B, 1:])
-        noise = root_mean_square(again - nats[: self.B])
+        noise = (again - nats[: self.B]).square().mean().sqrt()
         if not noise <= MAX_CHANGE:
             by = f"scores change by {noise:.2g} nats"
             raise Refusal(f"the model draws random numbers or keeps a memory ({by}); it must not")
@@ -876,16 +835,15 @@ class Judge:
         at_spot = changes.gather(1, spot[:, None]).flatten()
         of_row = changes.sum(1) / keeps_past.sum(1).float().mean()  # whose mean is that of a token
 
-        # A single score may change by rounding. So the most changed ones are asked again, in a way
-        # that rounding does not touch.
+        # Rounding, too, may change a single score, so the most changed ones get a closer look.
         size, order = at_spot.abs().topk(SUSPECTS)
         gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order[size > MAX_CHANGE]]
-        found = [(gain, MAX_CHANGE) for gain in gains]  # changes, and how large they may be
-        found.append((root_mean_square(changes[keeps_past]), MAX_CHANGE))
+        typical = changes[keeps_past].square().mean().sqrt()
+        found = [(change, MAX_CHANGE) for change in (*gains, typical)]  # and what is allowed
         for part in (slice(half), slice(half, None), slice(None)):
             for change in (at_spot[part], of_row[part]):
-                mean, error = mean_and_error(change, row[part])
-                found.append((mean, max(MAX_MEAN_CHANGE, 4 * error)))
+                error = change.std() / math.sqrt(len(change))  # of the mean
+                found.append((change.mean(), max(MAX_MEAN_CHANGE, 4 * error)))
         for change, limit in found:
             if not abs(change) <= limit:
                 gain = self.gain_from_later(rows[row[order[0]]], spot[order[0]])
@@ -897,34 +855,19 @@ class Judge:
         return nats[:n]
 
 
-def root_mean_square(values: torch.Tensor) -> float:
-    return values.square().mean().sqrt().item()
-
-
-def mean_and_error(values: torch.Tensor, group: torch.Tensor) -> tuple[float, float]:
-    """The mean of values (k,), and its standard error if only groups (k,) are independent."""
-    _, index = group.unique(return_inverse=True)
-    sums = torch.zeros(int(index.max()) + 1).index_add(0, index, values)
-    return values.mean().item(), sums.std().item() * math.sqrt(len(sums)) / len(values)
-
-
 @torch.no_grad()
 def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None:
     """Judge a model before the clock starts, so that a faulty one costs seconds and not minutes.
 
-    This adds noise to all trainable parameters, which the caller restores: a projection that is
-    still zero would hide what lies behind it. The noise leads away from zero, so that a parameter
-    may stand under a logarithm or a root.
+    This adds noise to all parameters, which the caller restores: a projection that is still zero
+    would hide what lies behind it. It leads away from zero, as some stand under a logarithm.
     """
     for p in model.parameters():
         if p.requires_grad:
             noise = NOISE * torch.randn_like(p)
             p.add_(torch.where(p == 0, noise, noise.abs() * p.sgn()))
     rows = load_rows("val")[: CHECK_BATCHES * batch_size]
-    try:
-        Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN)
-    except Refusal as refusal:
-        raise Refusal(f"{refusal}. Seen before training, with noise on all parameters") from None
+    Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN)
 
 
 def refuse_new_names() -> None:
@@ -949,11 +892,10 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
     A loss in nats for each token depends on the tokenizer: one that cuts a text into fewer tokens
     has more to predict in each. The bytes of the text stay the same. So we divide the nats of all
     target tokens by the bytes that these tokens stand for, and by ln 2 for bits. BOS, which stands
-    for no text, counts in neither sum.
+    for no text, counts in neither sum. Every row counts, at any batch size.
 
-    model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Every row counts, at any
-    batch size. Raises Refusal if the training took too long or was evaluated before, and what Judge
-    raises. The tokenizer is always the one that made the rows.
+    model(inputs) must give logits (batch_size, MAX_SEQ_LEN, vocab_size). Raises Refusal if the
+    training took too long or was evaluated before, and what Judge raises.
     """
     if run.evaluated:
         raise Refusal("evaluate_bpb was called before; call it once, when the training is over")
@@ -962,8 +904,8 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
         torch.accelerator.synchronize()
     seconds = clock.elapsed()
     if seconds > LATEST_END:
-        took = f"the training took {seconds:.1f} s of a budget of {TIME_BUDGET:g} s"
-        raise Refusal(f"{took}; read the clock before a step, and lower TOTAL_BATCH_SIZE")
+        over = f"the training took {seconds:.1f} s of a budget of {TIME_BUDGET:g} s"
+        raise Refusal(f"{over}; a step was too long: lower TOTAL_BATCH_SIZE")
     tokenizer = Tokenizer.from_directory()  # the one that made the rows
     rows = load_rows("val")
     nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN))
@@ -995,10 +937,7 @@ def print_summary(rest: dict) -> None:
 
 
 def fetch_attention_kernel() -> None:
-    """Put FlashAttention-3 into the hub's cache and note where, for training without a network.
-
-    A login node without a GPU fetches it for the machines that train.
-    """
+    """Put FlashAttention-3 into the hub's cache and note where. A login node may do it, too."""
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] not in (8, 9):
         return  # it needs Ampere, Ada or Hopper
     from kernels import install_kernel

@@ -128,7 +128,7 @@ except (OSError, ValueError):
 # imports torch. But torch.cpu has told already what the processor knows, so nothing is left to
 # load: 4 s less in every start.
 torch._inductor.cpu_vec_isa.VecISA._avx_py_load = ""
-# gcc 11 and 12 vectorise straight-line code wrongly where inductor transposes a tile of bfloat16: on
+# gcc 11 and 12 vectorise straight-line code wrongly where inductor transposes tiles of bfloat16: on
 # a Xeon with AVX-512 the gradients of the keys were NaN.
 CPP_FLAGS = torch._inductor.cpp_builder._get_ffast_math_flags()
 torch._inductor.cpp_builder._get_ffast_math_flags = lambda: [*CPP_FLAGS, "fno-tree-slp-vectorize"]

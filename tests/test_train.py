@@ -641,9 +641,23 @@ def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
 # The script from end to end, in a folder of its own
 
 
+# Copies of the compiled model, as for an average of weights, one without a head and one with no more
+COPIES = """
+    import copy
+    for has_head in (False, True):
+        twin = copy.deepcopy(model)
+        for name, p in twin.named_parameters():
+            p.detach().mul_(("lm_head" in name) == has_head)
+        with torch.no_grad():
+            print("copy:", twin(torch.ones(B, MAX_SEQ_LEN, dtype=torch.int64)).abs().max().item())
+    print("evaluating")
+"""
+
+
 @COMPILES
 def test_a_run_ends_with_the_summary(script, tmp_path):
     save = tmp_path / "model.pt"
+    script.edit(r'^    print\("evaluating"\)$', COPIES)
     code, out, err = script.run(
         SEED="7",
         AUTORESEARCH_BUDGET="2",
@@ -651,6 +665,7 @@ def test_a_run_ends_with_the_summary(script, tmp_path):
         HF_ENDPOINT="hf-mirror.example",  # This is no web address, but training needs none.
     )
     assert code == 0, out + err
+    assert out.count("copy: 0.0\n") == 2  # each copy answers with its own weights
     values = summary(out)
     steps = re.findall(r"^step (\d+) +\| +([\d.]+)% \| loss ([\d.]+)", out, re.MULTILINE)
     assert steps and "\r" not in out
