@@ -720,7 +720,7 @@ def others(choose):
 
 
 def batch_norm(model, logits, x):
-    return F.batch_norm(logits.mT, None, None, training=True).mT
+    return F.batch_norm(logits.flatten(1), None, None, training=True).view_as(logits)
 
 
 def count_the_calls(model, logits, x):
@@ -752,7 +752,7 @@ REFUSED = {
     "a mean over time": (others(lambda rows: 5 * rows.mean(1, keepdim=True)), LATER),
     "a mean over rows": (others(lambda rows: rows.mean(0, keepdim=True)), OTHER),
     "the next row": (others(lambda rows: rows.roll(-1, 0)), OTHER),
-    "BatchNorm in training mode": (batch_norm, f"{LATER}|{OTHER}"),
+    "BatchNorm in training mode": (batch_norm, OTHER),
     "a memory of rows": (memorise_rows, MEMORY),
     "a count of the calls": (count_the_calls, f"{OTHER}|{MEMORY}"),
     "random numbers": (lambda model, logits, x: F.dropout(logits, 0.1), MEMORY),
@@ -795,7 +795,7 @@ RARE = {
     "at one position": (ahead(1, positions=[13]), LATER),
     "at the last position but one": (ahead(1, positions=[30]), LATER),
     "in one row of forty, wherever it stands": (ahead_in_one_row_of_forty, LATER),
-    "a little, everywhere": (a_small_gain, f"{LATER} .* by 0.019 nats"),
+    "a little, everywhere": (a_small_gain, f"{LATER} .* by 0.0(19|2) nats"),
     "a mean over time, a little": (a_soft_mean, LATER),
 }
 
@@ -854,7 +854,7 @@ class FP8(nn.Module):
         return (h * scale).to(torch.float8_e4m3fn).to(h.dtype) / scale
 
     def forward(self, h):
-        return self.proj(self.round(F.relu(self.fc(self.round(h))).square()))
+        return 0.1 * self.proj(self.round(F.relu(self.fc(self.round(h))).square()))
 
 
 class Experts(nn.Module):
@@ -1001,7 +1001,33 @@ def share_refused(runs, **fields):
     return refused / runs
 
 
-OC = OC_TABLE
+# The shares that were measured, in 200 evaluations each:
+#
+# look-ahead by one token in one row of 32, 100, 300, 1000       1.00  1.00  0.95  0.74
+# a gain of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01        1.00  1.00  1.00  1.00  1.00
+# the same gains, spread 0.1                                     0.00  0.10  1.00  1.00  1.00
+# a memory of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01      0.12  1.00  1.00  1.00  1.00
+# the same memories, spread 0.1                                  0.00  0.00  0.08  1.00  1.00
+# honest: spread 0.01, 0.03, 0.1, 0.15                           OC_HONEST
+# honest: flips 0.001, 0.01, 0.03                                0.00  0.00  0.00
+#
+# A spread of 0.3 is taken for random numbers, with a gain or without.
+SURE = [
+    ({"look_ahead": 32}, 1),
+    ({"gain": 0.0003, "spread": 0.01}, 1),
+    ({"gain": 0.003, "spread": 0.1}, 1),
+    ({"memory": 0.001, "spread": 0.01}, 1),
+    ({"memory": 0.01, "spread": 0.1}, 1),
+    ({"spread": 0.05}, 0),
+    ({"flips": 0.01}, 0),
+    ({"spread": 0.3}, 1),
+]
+
+
+@pytest.mark.parametrize("effects, share", SURE)
+def test_the_judge_knows_what_a_leak_gains_from_what_chance_does(effects, share):
+    torch.manual_seed(0)
+    assert share_refused(8, **effects) == share
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40, 64])

@@ -641,7 +641,7 @@ def test_a_batch_that_does_not_divide_is_one_sentence(stage, monkeypatch):
 # The script from end to end, in a folder of its own
 
 
-# Copies of the compiled model, as for an average of weights, one without a head and one with no more
+# Copies of the compiled model, as for an average of weights: without its head, and without the rest
 COPIES = """
     import copy
     for has_head in (False, True):
