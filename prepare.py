@@ -747,9 +747,9 @@ SPOTS = 1024  # rows that an evaluation scores alone, at least
 # Rounding, too, changes a score when other tokens change, by up to 0.3 nats where activations are
 # in FP8. But it does so by chance, and what a leak gains shows in the mean.
 MAX_MEAN_CHANGE = 1e-4  # nats, or four standard errors if these are more
-MAX_CHANGE = 0.25  # nats, of a single score on average, and of all as a root mean square
-SUSPECTS = 8  # single scores that are looked at more closely: those that change most
-COPIES = 16  # of the row of a suspect
+MAX_ROUNDING = 0.1  # nats, root mean square; FP8 has 0.02 after training, and 0.12 before it
+MAX_CHANGE = 0.25  # nats, of a single score on average; root mean square before training
+SUSPECTS, COPIES = 8, 16  # scores that change most, and copies of their rows for a closer look
 CHECK_BATCHES = 4  # validation batches that check_model looks at
 NOISE = 0.1  # standard deviation of what check_model adds; at 0.02 leaks hardly showed
 
@@ -802,7 +802,7 @@ class Judge:
         nats = self.score_alone(row.expand(n, -1), spots)[:, spot]
         return (nats[~is_whole].mean() - nats[is_whole].mean()).item()
 
-    def judge(self, rows: np.ndarray, n_spots: int) -> torch.Tensor:
+    def judge(self, rows: np.ndarray, n_spots: int, rounding: float) -> torch.Tensor:
         """The nats (n, T) of all targets of rows (n, T + 1). Raises Refusal if they are not honest.
 
         A spot is a random row and a position in it; together the spots cover all positions. Its row
@@ -831,7 +831,7 @@ class Judge:
             raise Refusal(f"the model draws random numbers or keeps a memory ({by}); it must not")
 
         keeps_past = torch.arange(T) <= spot[:, None]
-        changes = (torch.cat([before, after]) - nats[row]).where(keeps_past, 0)  # (2 * half, T)
+        changes = (torch.cat([before, after]) - nats[row]).where(keeps_past, 0)
         at_spot = changes.gather(1, spot[:, None]).flatten()
         of_row = changes.sum(1) / keeps_past.sum(1).float().mean()  # whose mean is that of a token
 
@@ -839,7 +839,7 @@ class Judge:
         size, order = at_spot.abs().topk(SUSPECTS)
         gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order[size > MAX_CHANGE]]
         typical = changes[keeps_past].square().mean().sqrt()
-        found = [(change, MAX_CHANGE) for change in (*gains, typical)]  # and what is allowed
+        found = [(typical, max(rounding, 2 * noise)), *((gain, MAX_CHANGE) for gain in gains)]
         for part in (slice(half), slice(half, None), slice(None)):
             for change in (at_spot[part], of_row[part]):
                 error = change.std() / math.sqrt(len(change))  # of the mean
@@ -867,7 +867,7 @@ def check_model(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> None
             noise = NOISE * torch.randn_like(p)
             p.add_(torch.where(p == 0, noise, noise.abs() * p.sgn()))
     rows = load_rows("val")[: CHECK_BATCHES * batch_size]
-    Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN)
+    Judge(model, batch_size, Tokenizer.from_directory()).judge(rows, MAX_SEQ_LEN, MAX_CHANGE)
 
 
 def refuse_new_names() -> None:
@@ -908,7 +908,7 @@ def evaluate_bpb(model: nn.Module, tokenizer: Tokenizer, batch_size: int) -> flo
         raise Refusal(f"{over}; a step was too long: lower TOTAL_BATCH_SIZE")
     tokenizer = Tokenizer.from_directory()  # the one that made the rows
     rows = load_rows("val")
-    nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN))
+    nats = Judge(model, batch_size, tokenizer).judge(rows, max(SPOTS, MAX_SEQ_LEN), MAX_ROUNDING)
     total_bytes = int(tokenizer.token_bytes()[rows[:, 1:]].sum())
     bpb = nats.sum(dtype=torch.float64).item() / (math.log(2) * total_bytes)
     refuse_new_names()

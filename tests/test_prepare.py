@@ -719,8 +719,12 @@ def others(choose):
     return lambda model, logits, x: logits + choose(model.table[x])
 
 
-def batch_norm(model, logits, x):
+def norm_over_rows(model, logits, x):
     return F.batch_norm(logits.flatten(1), None, None, training=True).view_as(logits)
+
+
+def batch_norm(model, logits, x):
+    return F.batch_norm(logits.mT, None, None, training=True).mT
 
 
 def count_the_calls(model, logits, x):
@@ -752,7 +756,7 @@ REFUSED = {
     "a mean over time": (others(lambda rows: 5 * rows.mean(1, keepdim=True)), LATER),
     "a mean over rows": (others(lambda rows: rows.mean(0, keepdim=True)), OTHER),
     "the next row": (others(lambda rows: rows.roll(-1, 0)), OTHER),
-    "BatchNorm in training mode": (batch_norm, OTHER),
+    "a mean and a deviation over rows": (norm_over_rows, OTHER),
     "a memory of rows": (memorise_rows, MEMORY),
     "a count of the calls": (count_the_calls, f"{OTHER}|{MEMORY}"),
     "random numbers": (lambda model, logits, x: F.dropout(logits, 0.1), MEMORY),
@@ -797,6 +801,7 @@ RARE = {
     "in one row of forty, wherever it stands": (ahead_in_one_row_of_forty, LATER),
     "a little, everywhere": (a_small_gain, f"{LATER} .* by 0.0(19|2) nats"),
     "a mean over time, a little": (a_soft_mean, LATER),
+    "BatchNorm in training mode": (batch_norm, f"{LATER}|{OTHER}"),
 }
 
 
@@ -885,12 +890,14 @@ class LongConv(nn.Module):
 
 
 class Logarithm(Toy):
+    """The logits are scaled by small positive parameters, of which none may become negative."""
+
     def __init__(self):
         super().__init__()
-        self.temperature = nn.Parameter(torch.full((), 0.05))
+        self.small = nn.Parameter(torch.full((512,), 0.05))
 
     def forward(self, x):
-        return super().forward(x) / (1 - self.temperature.log()).sqrt()
+        return super().forward(x) / (2 + self.small.log().square())
 
 
 def count_the_past(model, logits, x):
@@ -995,7 +1002,7 @@ def share_refused(runs, **fields):
     refused = 0
     for _ in range(runs):
         try:
-            Simulated(**fields).judge(rows, 1024)
+            Simulated(**fields).judge(rows, 1024, prepare.MAX_ROUNDING)
         except Refusal:
             refused += 1
     return refused / runs
@@ -1018,7 +1025,7 @@ SURE = [
     ({"gain": 0.003, "spread": 0.1}, 1),
     ({"memory": 0.001, "spread": 0.01}, 1),
     ({"memory": 0.01, "spread": 0.1}, 1),
-    ({"spread": 0.05}, 0),
+    ({"spread": 0.1}, 0),
     ({"flips": 0.01}, 0),
     ({"spread": 0.3}, 1),
 ]
