@@ -1008,23 +1008,23 @@ def share_refused(runs, **fields):
     return refused / runs
 
 
-# The shares that were measured, in 200 evaluations each:
+# The shares that were measured, in 300 evaluations each:
 #
-# look-ahead by one token in one row of 32, 100, 300, 1000       1.00  1.00  0.95  0.74
+# look-ahead by one token in one row of 32, 100, 300, 1000       1.00  1.00  0.95  0.77
 # a gain of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01        1.00  1.00  1.00  1.00  1.00
-# the same gains, spread 0.1                                     0.00  0.10  1.00  1.00  1.00
-# a memory of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01      0.12  1.00  1.00  1.00  1.00
-# the same memories, spread 0.1                                  0.00  0.00  0.08  1.00  1.00
-# honest: spread 0.01, 0.03, 0.1, 0.15                           OC_HONEST
+# the same gains, spread 0.1                                     0.01  0.09  1.00  1.00  1.00
+# a memory of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01      0.09  1.00  1.00  1.00  1.00
+# the same memories, spread 0.1                                  0.00  0.00  0.07  1.00  1.00
+# honest: spread 0.01, 0.03, 0.1, 0.15                           0.003 0.00  0.00  0.003
 # honest: flips 0.001, 0.01, 0.03                                0.00  0.00  0.00
 #
 # A spread of 0.3 is taken for random numbers, with a gain or without.
 SURE = [
     ({"look_ahead": 32}, 1),
-    ({"gain": 0.0003, "spread": 0.01}, 1),
-    ({"gain": 0.003, "spread": 0.1}, 1),
-    ({"memory": 0.001, "spread": 0.01}, 1),
-    ({"memory": 0.01, "spread": 0.1}, 1),
+    ({"gain": 0.0005, "spread": 0.01}, 1),
+    ({"gain": 0.005, "spread": 0.1}, 1),
+    ({"memory": 0.002, "spread": 0.01}, 1),
+    ({"memory": 0.02, "spread": 0.1}, 1),
     ({"spread": 0.1}, 0),
     ({"flips": 0.01}, 0),
     ({"spread": 0.3}, 1),
@@ -1034,7 +1034,7 @@ SURE = [
 @pytest.mark.parametrize("effects, share", SURE)
 def test_the_judge_knows_what_a_leak_gains_from_what_chance_does(effects, share):
     torch.manual_seed(0)
-    assert share_refused(8, **effects) == share
+    assert share_refused(4, **effects) == share
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40, 64])
