@@ -69,10 +69,10 @@ sys.excepthook = print_error  # Python then exits with 1
 
 def reason(error: Exception) -> str:
     """The line of an error's message, or of what it quotes, that says what went wrong."""
-    lines = [line for line in str(error).splitlines() if line.strip() and line[-1] != ":"]
-    telling = (r"\berror: |cannot find ", r"^[\w.]+Error: ", "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = (r"(\berror: |cannot find ).*[^:]$", r"^[\w.]+Error: .*[^:]$", "[^:]$", "")
     found = (line for pattern in telling for line in lines if re.search(pattern, line))
-    return next(found, type(error).__name__).strip()
+    return next(found, type(error).__name__)
 
 
 # ---------------------------------------------------------------------------
