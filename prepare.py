@@ -748,7 +748,7 @@ SPOTS = 1024  # rows that an evaluation scores alone, at least
 # in FP8. But it does so by chance, and what a leak gains shows in the mean.
 MAX_MEAN_CHANGE = 1e-4  # nats, or four standard errors if these are more
 MAX_ROUNDING = 0.1  # nats, root mean square; FP8 has 0.02 after training, and 0.12 before it
-MAX_CHANGE = 0.25  # nats, of a single score without suspicion; root mean square before training
+MAX_CHANGE = 0.25  # nats, root mean square before training, or when one batch is scored again
 SUSPECTS, COPIES = 8, 16  # scores that change most, and copies of their rows for a closer look
 CHECK_BATCHES = 4  # validation batches that check_model looks at
 NOISE = 0.1  # standard deviation of what check_model adds; at 0.02 leaks hardly showed
@@ -837,7 +837,7 @@ class Judge:
 
         # Rounding, too, may change a single score, so the most changed ones get a closer look.
         size, order = at_spot.abs().topk(SUSPECTS)
-        gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order[size > MAX_CHANGE]]
+        gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order[size > MAX_ROUNDING]]
         found = [(gain, max(MAX_ROUNDING, 2 * noise)) for gain in gains]  # changes and limits
         found.append((changes[keeps_past].square().mean().sqrt(), max(rounding, 2 * noise)))
         for part in (slice(half), slice(half, None), slice(None)):
