@@ -846,8 +846,8 @@ class Judge:
                 found.append((change.mean(), max(MAX_MEAN_CHANGE, 4 * error)))
         for change, limit in found:
             if not abs(change) <= limit:
-                gain = self.gain_from_later(rows[row[order[0]]], spot[order[0]])
-                is_later = abs(gain) > 0.01 * size[0]
+                gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order]
+                is_later = max(map(abs, gains)) > 0.01 * size[0]
                 cause = "later tokens" if is_later else "other rows or earlier batches"
                 by = f"scores change by {change:.2g} nats, and {limit:.2g} are allowed"
                 raise Refusal(f"the score of a token depends on {cause} ({by}); it must not")

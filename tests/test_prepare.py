@@ -1010,12 +1010,12 @@ def share_refused(runs, **fields):
 
 # The shares that were measured, in 300 evaluations each:
 #
-# look-ahead by one token in one row of 32, 100, 300, 1000       1.00  1.00  0.95  0.77
+# look-ahead by one token in one row of 32, 100, 300, 1000       1.00  1.00  0.91  0.75
 # a gain of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01        1.00  1.00  1.00  1.00  1.00
-# the same gains, spread 0.1                                     0.01  0.09  1.00  1.00  1.00
+# the same gains, spread 0.1                                     0.00  0.06  1.00  1.00  1.00
 # a memory of 0.0003, 0.001, 0.003, 0.01, 0.03, spread 0.01      0.09  1.00  1.00  1.00  1.00
 # the same memories, spread 0.1                                  0.00  0.00  0.07  1.00  1.00
-# honest: spread 0.01, 0.03, 0.1, 0.15                           0.003 0.00  0.00  0.003
+# honest: spread 0.01, 0.03, 0.1, 0.15                           0.003 0.00  0.00  0.00
 # honest: flips 0.001, 0.01, 0.03                                0.00  0.00  0.00
 #
 # A spread of 0.3 is taken for random numbers, with a gain or without.
