@@ -835,14 +835,14 @@ class Judge:
         at_spot = changes.gather(1, spot[:, None]).flatten()
         of_row = changes.sum(1) / keeps_past.sum(1).float().mean()  # whose mean is that of a token
 
-        # Rounding, too, may change a single score, so the most changed ones get a closer look.
         size, order = at_spot.abs().topk(SUSPECTS)
         gains = [self.gain_from_later(rows[row[i]], spot[i]) for i in order[size > MAX_ROUNDING]]
         found = [(gain, max(MAX_ROUNDING, 2 * noise)) for gain in gains]  # changes and limits
         found.append((changes[keeps_past].square().mean().sqrt(), max(rounding, 2 * noise)))
         for part in (slice(half), slice(half, None), slice(None)):
             for change in (at_spot[part], of_row[part]):
-                error = change.std() / math.sqrt(len(change))  # of the mean
+                by_row = torch.zeros(n).index_add(0, row[part], change - change.mean())
+                error = by_row.norm() / len(change)  # of the mean, as one row may have many spots
                 found.append((change.mean(), max(MAX_MEAN_CHANGE, 4 * error)))
         for change, limit in found:
             if not abs(change) <= limit:

@@ -996,9 +996,9 @@ class Simulated(prepare.Judge):
         return nats - self.memory * batch[:, None] / 193  # of 32 + 128 + 32 + 1 batches
 
 
-def share_refused(runs, **fields):
+def share_refused(runs, n_rows=2048, **fields):
     """The share of evaluations in which the judge refuses a model that is made up."""
-    rows = np.random.default_rng(0).integers(1, 2048, (2048, 257))
+    rows = np.random.default_rng(0).integers(1, 2048, (n_rows, 257))
     refused = 0
     for _ in range(runs):
         try:
@@ -1035,6 +1035,10 @@ SURE = [
 def test_the_judge_knows_what_a_leak_gains_from_what_chance_does(effects, share):
     torch.manual_seed(0)
     assert share_refused(4, **effects) == share
+
+
+def test_rows_that_are_asked_again_and_again_accuse_nobody_by_chance():
+    assert share_refused(30, n_rows=8, spread=0.1) < 0.3  # 0.03 in the long run
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 40, 64])
