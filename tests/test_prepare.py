@@ -724,7 +724,7 @@ def norm_over_rows(model, logits, x):
 
 
 def batch_norm(model, logits, x):
-    return F.batch_norm(logits.mT, None, None, training=True).mT
+    return 1.5 * F.batch_norm(logits.mT, None, None, training=True).mT
 
 
 def count_the_calls(model, logits, x):
@@ -756,6 +756,7 @@ REFUSED = {
     "a mean over time": (others(lambda rows: 5 * rows.mean(1, keepdim=True)), LATER),
     "a mean over rows": (others(lambda rows: rows.mean(0, keepdim=True)), OTHER),
     "the next row": (others(lambda rows: rows.roll(-1, 0)), OTHER),
+    "BatchNorm in training mode": (batch_norm, f"{LATER}|{OTHER}"),
     "a mean and a deviation over rows": (norm_over_rows, OTHER),
     "a memory of rows": (memorise_rows, MEMORY),
     "a count of the calls": (count_the_calls, f"{OTHER}|{MEMORY}"),
@@ -801,7 +802,6 @@ RARE = {
     "in one row of forty, wherever it stands": (ahead_in_one_row_of_forty, LATER),
     "a little, everywhere": (a_small_gain, f"{LATER} .* by 0.0(19|2) nats"),
     "a mean over time, a little": (a_soft_mean, LATER),
-    "BatchNorm in training mode": (batch_norm, f"{LATER}|{OTHER}"),
 }
 
 
